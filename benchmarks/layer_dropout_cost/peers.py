@@ -24,7 +24,9 @@ from droppeft.layer_dropout import (
     layer_rates,
     protected_ends,
 )
-from droppeft.layer_dropout.dropout import gates_of_step
+from droppeft.layer_dropout.dropout import modes_of_step
+from droppeft.layer_dropout.modes import Mode
+from droppeft.layer_dropout.options import GateOptions
 
 RATE = 0.5
 Active = tuple[bool, ...]
@@ -73,10 +75,15 @@ class Slicer:
         return self.model
 
 
+def active_in_step(step: int, rates: Sequence[float], options: GateOptions) -> Active:
+    """Which layers run in a step."""
+    return tuple(mode is Mode.TRAIN for mode in modes_of_step(step, rates, options))
+
+
 def default_gates(num_layers: int, mean: float, seed: int) -> Active:
     """Exact gates, first and last layer never dropped: droppeft's defaults."""
     rates = layer_rates(mean, "uniform", num_layers, protected=protected_ends(num_layers, 1, 1))
-    return gates_of_step(seed, rates, {"seed": 0})
+    return active_in_step(seed, rates, {"seed": 0})
 
 
 def check_executed(executed: Sequence[int], active: Active) -> None:

@@ -41,6 +41,7 @@ from benchmarks.layer_dropout_cost.peers import (
     Active,
     Slicer,
     Way,
+    active_in_step,
     alone_way,
     behaviour,
     default_gates,
@@ -75,7 +76,6 @@ from benchmarks.study import (
 )
 from droppeft import seeds
 from droppeft.layer_dropout import layer_rates, protected_ends
-from droppeft.layer_dropout.dropout import gates_of_step
 
 NAME = "layer_dropout_cost"
 RATES = (0.0, 0.25, 0.5, 0.75)
@@ -189,7 +189,7 @@ def measure_peaks(bench: Bench) -> tuple[dict[str, Any], Found]:
 def drawn(rates: Sequence[float], sampling: str, seed: int) -> list[Active]:
     """Gates of a run's first steps."""
     return [
-        gates_of_step(step, rates, {"sampling": sampling, "seed": seed})
+        active_in_step(step, rates, {"sampling": sampling, "seed": seed})
         for step in range(PEAK_STEPS)
     ]
 

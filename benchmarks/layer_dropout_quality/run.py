@@ -39,8 +39,9 @@ from droppeft.data.texts import TextData, TextTable
 from droppeft.data.tokens import tokenise
 from droppeft.federated_method import local_training
 from droppeft.layer_dropout import find_blocks, layer_rates, protected_ends
-from droppeft.layer_dropout.dropout import GateOptions, modes_of_step
+from droppeft.layer_dropout.dropout import modes_of_step
 from droppeft.layer_dropout.modes import Mode
+from droppeft.layer_dropout.options import GateOptions
 from droppeft.messages.instruction import AdapterSpec, Budget, LayerAdapter
 from droppeft.models.loading import load_backbone
 from droppeft.tasks.classification import Classification

@@ -183,6 +183,7 @@ def full_instruction(
         nonce=secrets.token_hex(16),
         frozen=setup.config.frozen.count,
         run=setup.run,
+        starts=(state.model.adapter.first_layer,),
         cache=state_cache(setup.config),
         encoding=setup.config.traffic.encoding,
     )

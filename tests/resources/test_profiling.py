@@ -71,7 +71,7 @@ def test_profile_from_the_command_line_to_its_files(
     full, half = result["rates"]
     # Two of four layers are frozen; the warm-up caches their hidden states.
     assert (full["rate"], half["rate"], result["num_layers"]) == (0, 0.5, LAYERS)
-    assert (full["executed"], half["executed"]) == (2, 1)
+    assert (full["trained"], half["trained"]) == (2, 1)
     for row, active in ((full, (False, False, True, True)), (half, (False, False, False, True))):
         config = config_of(folder, "frozen.layers=2")
         assert row["activation_bytes_peak"] == step_stored_bytes(counts_of(config), active)
@@ -80,7 +80,7 @@ def test_profile_from_the_command_line_to_its_files(
         assert row["process_bytes"] < row["used_bytes"] < row["process_bytes"] + 100e6
         assert row["resident_bytes"] > row["process_bytes"]
         assert row["step_j"] is None
-        assert [run["executed"] for run in row["timed_runs"]] == [row["executed"]]
+        assert [run["trained"] for run in row["timed_runs"]] == [row["trained"]]
 
 
 def test_random_rows_have_the_configured_length_except_one_with_padding(folder: Path) -> None:
@@ -106,7 +106,7 @@ def test_a_step_of_a_language_model_is_measured(
     settings = (*SETTINGS, "task=causal_lm", "dropout.mean=0.25", "training.precision=fp32")
     config = resolve(load_config(None, [f"model={model}", *settings], "droppeft"), cuda=False)
     measured = run_steps(config, 2, release_memory=False)
-    assert (measured.executed, measured.step_s > 0) == (3, True)
+    assert (measured.trained, measured.step_s > 0) == (3, True)
     assert measured.activation_bytes_peak > 0
 
 
@@ -141,7 +141,7 @@ def test_statistics_of_profile_runs() -> None:
     assert found.step_j == 30.0
     assert (found.used_bytes, found.resident_bytes) == (60, 95)
     assert found.activation_bytes_peak == 7
-    assert found.executed == 3.0
+    assert found.trained == 3.0
     assert RateProfile(0.0, (profile_run(1.0),), profile_run(1.0)).step_j is None
 
 
@@ -184,7 +184,7 @@ def test_a_rate_replaces_other_settings_of_the_drop_rate(folder: Path) -> None:
         (["model=./nowhere"], "model=./nowhere: no such folder"),
         (["frozen.layers=4"], "frozen.layers=4 leaves none of the 4 layers to train"),
         (["training.max_length=600"], "texts of 600 tokens"),
-        (["adapter.type=prefix_tuning", "frozen.layers=1"], "needs an adapter in the layers"),
+        (["adapter.type=prefix_tuning", "frozen.layers=1"], "needs an adapter inside layers"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_starts_nothing(

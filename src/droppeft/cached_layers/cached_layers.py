@@ -106,7 +106,6 @@ class CachedLayers:
         if self._store is None:
             with self._frozen_in_memory():
                 states = self._compute_batch(batch)
-            self._add(built=len(rows), built_tokens=batch["input_ids"].numel())
         else:
             states = self._pad([self._of_row(row, self._store) for row in rows], batch)
         self._add(build_wall_s=time.perf_counter() - start)

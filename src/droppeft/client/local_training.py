@@ -25,6 +25,7 @@ from droppeft.models.precision import autocast
 from droppeft.training.deadline import Deadline
 from droppeft.training.loop import Step, TrainOutcome, rate_factor, train, training_batches
 
+
 def train_locally(
     model: ClientModel,
     parameters: Parameters,
@@ -53,7 +54,7 @@ def train_locally(
     batches = training_batches(
         rows.train, table, instruction.training.batch_size, instruction.budget, rng
     )
-    modes = [_modes(parameters, instruction, step) for step in range(len(batches))]
+    modes = _drawn_modes(parameters, instruction, len(batches))
     needed = {
         layer
         for layer, in_steps in enumerate(zip(*modes, strict=True))
@@ -169,19 +170,23 @@ def _store(model: ClientModel, instruction: Instruction) -> StateStore | None:
     return StateStore(folder, content, instruction.round, instruction.cache)
 
 
-def _modes(parameters: Parameters, instruction: Instruction, step: int) -> Modes:
-    """Return the modes of a step; they depend on (seed, round, client, step) alone."""
+def _drawn_modes(parameters: Parameters, instruction: Instruction, steps: int) -> list[Modes]:
+    """Return the modes of every step; they depend on (seed, round, client, step) alone."""
     modes = modes_of(instruction)
-    drawn_at = 0 if modes.every is None else step - step % modes.every
-    start_rng, skip_rng = (
-        seeds.python_generator(
+    layers = [key for key in parameters if isinstance(key, int)]
+    needed = () if HEAD in parameters else layers
+
+    def draw(step: int) -> Modes:
+        drawn_at = 0 if modes.every is None else step - step % modes.every
+        generator = partial(
+            seeds.python_generator,
             instruction.seed,
-            purpose=purpose,
             round=instruction.round,
             client=instruction.client,
             step=drawn_at,
         )
-        for purpose in ("starts", "gates")
-    )
-    layers = [key for key in parameters if isinstance(key, int)]
-    return modes.draw(start_rng, skip_rng, need_one_of=() if HEAD in parameters else layers)
+        return modes.draw(
+            generator(purpose="starts"), generator(purpose="gates"), need_one_of=needed
+        )
+
+    return [draw(step) for step in range(steps)]

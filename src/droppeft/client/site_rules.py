@@ -39,6 +39,9 @@ MOST_TOKENS = 2**18
 MOST_NEW_TOKENS = 2_048
 """Most tokens of a generated text."""
 
+MOST_STARTS = 1_000
+"""Most candidates for the lowest layer that a step trains."""
+
 MOST_RANK, MOST_WIDTH, MOST_VIRTUAL_TOKENS = 1_024, 4_096, 1_024
 """Largest sizes of adapters."""
 
@@ -252,8 +255,8 @@ def _bounds(instruction: Instruction, layers: int) -> Iterator[_Bounds]:
     yield "round", instruction.round, 1, many
     yield "state_round", instruction.state_round, 0, many
     yield "frozen", instruction.frozen, 0, layers
-    for start in instruction.starts:
-        yield "starts", start, 0, layers
+    yield "number of starts", len(instruction.starts), 1, MOST_STARTS
+    yield from (("starts", start, 0, layers) for start in instruction.starts)
     yield "reward_rows", instruction.reward_rows, 0, many
     yield "validation_rows", instruction.validation_rows, 0, many
     yield "budget.steps", instruction.budget.steps, 0 if instruction.evaluate_only else 1, 10**12

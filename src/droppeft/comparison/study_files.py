@@ -32,8 +32,9 @@ OUTCOMES = (
     *(one.key("personalised") for one in TEXT_METRICS.values()),
     *("majority_accuracy", "tfidf_accuracy", "own_majority_accuracy"),
     *("round_measured_s", "round_modelled_s", "energy_modelled_j", "idle_modelled_share"),
-    *("host_wall_s", "mean_active_layers", "activation_bytes_peak"),
-    *("upload_bytes", "download_bytes", "num_layers", "classes", "train_rows", "test_rows"),
+    *("host_wall_s", "mean_active_layers", "mean_forward_layers", "mean_skipped_layers"),
+    *("activation_bytes_peak", "upload_bytes", "download_bytes"),
+    *("num_layers", "classes", "train_rows", "test_rows"),
     *("data_hash", "adapter_sha256"),
 )
 """Columns of ``runs.parquet`` that ``result.json`` has under the same names."""
@@ -59,7 +60,7 @@ SHOWN_SETTINGS = {
 """Columns of ``runs.parquet`` with settings that pages show, and the settings' keys."""
 
 OF_A_ROUND = (
-    *("round", "accepted", "mean_active_layers"),
+    *("round", "accepted", "mean_active_layers", "mean_forward_layers", "mean_skipped_layers"),
     *(metric.key("global") for metric in METRICS.values()),
     *("activation_bytes_peak", "upload_bytes", "download_bytes"),
     *("round_measured_s", "round_modelled_s", "energy_modelled_j"),

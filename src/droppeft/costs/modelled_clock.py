@@ -150,15 +150,14 @@ def training_flops(arithmetic: Arithmetic, cost: MeasuredCost, frozen: int = 0) 
     Args:
         arithmetic: of the model with the adapter.
         cost: what the client reports to have computed.
-        frozen: number of first layers without an adapter. They run without a backward, and if they
-            are cached, only for the rows whose hidden states were not stored on the client yet.
+        frozen: number of first layers without an adapter. Where they are cached, they ran forward
+            for the rows whose hidden states were not stored on the client yet.
     """
     row_length = cost.tokens / cost.rows
     layers, rest = arithmetic.training(row_length)
     forward, _ = arithmetic.forward(row_length)
-    total = _dot(cost.layer_tokens[frozen:], layers[frozen:]) / row_length
-    total += _dot(cost.forward_tokens[frozen:], forward[frozen:]) / row_length
-    total += cost.rows * rest
+    total = _dot(cost.layer_tokens, layers) / row_length
+    total += _dot(cost.forward_tokens, forward) / row_length + cost.rows * rest
     if cost.cached_layers.built:
         layers, _ = arithmetic.forward(cost.cached_layers.built_tokens / cost.cached_layers.built)
         total += cost.cached_layers.built * sum(layers[:frozen])

@@ -35,6 +35,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from droppeft.layer_dropout.gates import SAMPLINGS, sample_active
+from droppeft.layer_dropout.modes import LayerModes, Mode, starts_of
 from droppeft.layer_dropout.rates import (
     SHAPES,
     explicit_rates,
@@ -45,8 +46,9 @@ from droppeft.layer_dropout.schedules import SCHEDULES, scheduled_rates
 
 if TYPE_CHECKING:
     from droppeft.layer_dropout.architectures import ARCHITECTURES, REFUSED, Architecture
-    from droppeft.layer_dropout.blocks import Gates, find_blocks, find_stacks, gated
+    from droppeft.layer_dropout.blocks import Gates, gated
     from droppeft.layer_dropout.dropout import DrawnGates, layer_dropout
+    from droppeft.layer_dropout.stacks import find_blocks, find_stacks
 
 __all__ = [
     "ARCHITECTURES",
@@ -57,6 +59,8 @@ __all__ = [
     "Architecture",
     "DrawnGates",
     "Gates",
+    "LayerModes",
+    "Mode",
     "explicit_rates",
     "find_blocks",
     "find_stacks",
@@ -66,12 +70,14 @@ __all__ = [
     "protected_ends",
     "sample_active",
     "scheduled_rates",
+    "starts_of",
 ]
 
 _NEED_TORCH = {
     "architectures": ("ARCHITECTURES", "REFUSED", "Architecture"),
-    "blocks": ("Gates", "find_blocks", "find_stacks", "gated"),
+    "blocks": ("Gates", "gated"),
     "dropout": ("DrawnGates", "layer_dropout"),
+    "stacks": ("find_blocks", "find_stacks"),
 }
 """Names by module that are loaded when they are first used: PyTorch takes seconds."""
 

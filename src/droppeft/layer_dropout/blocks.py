@@ -1,4 +1,4 @@
-"""Find the transformer blocks of a model and bypass some of them in a forward.
+"""Gates before the transformer blocks of a model, which say what each block does in a forward.
 
 Source: the output of a dropped layer is its input, as in DropPEFT (arXiv:2503.10217). Replacing the
 ``forward`` of each block is ours. Removing blocks from their list would silently change the results
@@ -7,9 +7,8 @@ of architectures that look up settings by position in the list.
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -17,11 +16,8 @@ from torch import nn
 
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout.architectures import (
-    ARCHITECTURES,
     BLOCK_OUTPUTS,
     DROPPED_OUTPUTS,
-    REFUSED,
-    Architecture,
     Arguments,
     cache_of,
     hidden_of,
@@ -31,134 +27,7 @@ from droppeft.layer_dropout.attentions import add_missing_attentions
 from droppeft.layer_dropout.decisions import Decisions
 from droppeft.layer_dropout.modes import Mode, Modes, skipping
 from droppeft.layer_dropout.module_attributes import attributes_set
-
-
-def find_blocks(model: nn.Module) -> tuple[str, tuple[nn.Module, ...]]:
-    """Find the transformer blocks of a model that has one list of them.
-
-    Args:
-        model: a transformers model, with or without a head, wrapped by peft or not.
-            ``model.config`` names its architecture.
-
-    Returns:
-        The dotted name of the list of blocks inside ``model``, and its L blocks, input first.
-
-    Raises:
-        DroppeftError: as :func:`find_stacks`, or if the model has an encoder and a decoder.
-    """
-    stacks = find_stacks(model)
-    if len(stacks) > 1:
-        raise DroppeftError(
-            f"{type(model).__name__} has {len(stacks)} lists of blocks ({', '.join(stacks)}), but "
-            "one is needed here; use a model with one list, or call find_stacks instead"
-        )
-    [found] = stacks.items()
-    return found
-
-
-def find_stacks(model: nn.Module) -> dict[str, tuple[nn.Module, ...]]:
-    """Find all lists of transformer blocks of a model, such as an encoder's and a decoder's.
-
-    Args:
-        model: a transformers model, as for :func:`find_blocks`.
-
-    Returns:
-        By dotted name of the list inside ``model``, its blocks, input first. The encoder comes
-        first. To gate all blocks, use
-        ``gated([block for blocks in stacks.values() for block in blocks])``.
-
-    Raises:
-        DroppeftError: if the architecture is not in ``ARCHITECTURES``, or if the place, length or
-            block class of a list is not the one of the architecture.
-    """
-    config: Any = getattr(model, "config", None)
-    if config is None and isinstance(getattr(model, "module", None), nn.Module):
-        raise DroppeftError(
-            f"{type(model).__name__} wraps a model; pass the model itself, which is its `module`"
-        )
-    architecture = _architecture(model, getattr(config, "model_type", None) or "")
-    stacks: dict[str, tuple[nn.Module, ...]] = {}
-    for path, depth in architecture.stacks.items():
-        for name, blocks in _lists(model, path):
-            _check_depth(model, name, blocks, depth)
-            _check_classes(model, name, blocks, architecture)
-            stacks[name] = tuple(blocks)
-    if not stacks:
-        raise DroppeftError(
-            f"{type(model).__name__} has no list of blocks {_paths(architecture)}, as a "
-            f"{config.model_type} model should; load it with transformers' own classes"
-        )
-    return stacks
-
-
-def _architecture(model: nn.Module, model_type: str) -> Architecture:
-    if model_type in REFUSED:
-        raise DroppeftError(
-            f"layers of {model_type} models cannot be dropped: {REFUSED[model_type]}"
-        )
-    if model_type not in ARCHITECTURES:
-        raise DroppeftError(
-            f"layer dropout does not know where the blocks of {type(model).__name__} (model_type "
-            f"{model_type!r}) are; docs/reference/architectures.md lists the {len(ARCHITECTURES)} "
-            "supported types and says how to add one"
-        )
-    return ARCHITECTURES[model_type]
-
-
-def _lists(model: nn.Module, path: str) -> list[tuple[str, nn.ModuleList]]:
-    """Return the list whose name ends with ``path``, if any: a task may need no decoder."""
-    found = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and f".{name}".endswith(f".{path}")
-    ]
-    if len(found) > 1:
-        raise DroppeftError(
-            f"{type(model).__name__} has {len(found)} lists of blocks {path!r} instead of one; "
-            "load it with transformers' own classes"
-        )
-    return found
-
-
-def _check_depth(model: nn.Module, name: str, blocks: nn.ModuleList, depth: str) -> None:
-    expected = attrgetter(depth)(model.config)
-    if len(blocks) != expected:
-        raise DroppeftError(
-            f"{type(model).__name__} has {len(blocks)} blocks in {name!r}, but its configuration "
-            f"says {expected}; set {depth} to the number of blocks"
-        )
-
-
-def _check_classes(
-    model: nn.Module, name: str, blocks: nn.ModuleList, architecture: Architecture
-) -> None:
-    """Refuse blocks of other classes: what they return and expect is not known."""
-    if any(type(block).__name__ == "FullyShardedDataParallel" for block in blocks):
-        raise DroppeftError(
-            "layers of a model in FullyShardedDataParallel cannot be dropped; use its successor, "
-            "torch.distributed.fsdp.fully_shard"
-        )
-    for index, block in enumerate(blocks):
-        if not set(architecture.blocks).intersection(_class_names(block)):
-            raise DroppeftError(
-                f"block {index} of {name!r} in {type(model).__name__} is of class "
-                f"{type(block).__name__}, not {' or '.join(architecture.blocks)}; load it with "
-                "transformers' own classes"
-            )
-
-
-def _class_names(block: nn.Module) -> tuple[str, ...]:
-    return tuple(kind.__name__ for kind in type(_uncompiled(block)).__mro__)
-
-
-def _uncompiled(block: nn.Module) -> nn.Module:
-    """Return the block itself if it was wrapped by ``torch.compile(block)``."""
-    inner: nn.Module = getattr(block, "_orig_mod", block)
-    return inner
-
-
-def _paths(architecture: Architecture) -> str:
-    return " or ".join(map(repr, architecture.stacks))
+from droppeft.layer_dropout.stacks import class_names, uncompiled
 
 
 class Gates:
@@ -179,8 +48,12 @@ class Gates:
     def modes(self) -> Modes:
         """The modes of the L blocks in the next forward. Assign L values to change them.
 
-        A block in mode ``FORWARD`` runs without gradients, so no block below it is trained. The
+        A block in mode ``FORWARD`` runs without gradients, so no block below it can be trained. The
         backward is not affected: checkpointed blocks are recomputed as their forward ran them.
+
+        Raises:
+            DroppeftError: when they are assigned, if there is not one per block, or if a block is
+                to be trained below one that runs forward only.
         """
         return self._modes
 
@@ -190,6 +63,12 @@ class Gates:
         if len(chosen) != len(self._executed):
             raise DroppeftError(
                 f"{len(chosen)} gates were set for {len(self._executed)} blocks; set one per block"
+            )
+        forward = [layer for layer, mode in enumerate(chosen) if mode is Mode.FORWARD]
+        if forward and Mode.TRAIN in chosen[: forward[-1]]:
+            raise DroppeftError(
+                f"block {chosen.index(Mode.TRAIN)} cannot be trained below block {forward[-1]}, which "
+                "runs forward only, so that no gradient would reach it; train the last blocks"
             )
         self._modes = chosen
 
@@ -236,10 +115,11 @@ class _Gate:
     def __init__(self, gates: Gates, index: int, block: nn.Module) -> None:
         self.gates = gates
         self.index = index
-        self.block = _uncompiled(block)
+        self.block = uncompiled(block)
         self.forward = block.forward
         self.decide = never_compiled(Decisions().decide)
         self.add_missing_attentions = never_compiled(add_missing_attentions)
+        self.forward_only = untraced(self._forward_only)
         self.dropped_output = _known_output(block)
         self.incomplete_cache: weakref.ref[Any] | None = None
 
@@ -250,13 +130,27 @@ class _Gate:
         mode = self.decide(partial(gates.mode_of, self.index, self.block))
         if mode in _RUNNING:
             gates._executed[self.index] += 1
-            with torch.no_grad() if mode is Mode.FORWARD else nullcontext():
-                output = self.forward(*args, **kwargs)
+            run = self.forward_only if mode is Mode.FORWARD else self.forward
+            output = run(*args, **kwargs)
             if self.dropped_output is None:
                 gates._arity[type(self.block)] = _arity(output)
             return output
         self.add_missing_attentions(self.block)
         return self._dropped((args, kwargs))
+
+    def _forward_only(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the block without gradients.
+
+        If its input requires a gradient, its output is made to require one as well, with nothing
+        behind it: a reentrant checkpoint has no gradients if its inputs require none.
+        """
+        wanted = torch.is_grad_enabled() and hidden_of((args, kwargs)).requires_grad
+        with torch.no_grad(), _no_autocast_cache():
+            output = self.forward(*args, **kwargs)
+        if wanted:
+            hidden = output[0] if isinstance(output, tuple) else output
+            hidden.requires_grad_()
+        return output
 
     def _dropped(self, call: Arguments) -> Any:
         cache = cache_of(call)
@@ -290,6 +184,20 @@ class _Gate:
             return self.forward(*args, **kwargs)
 
 
+@contextmanager
+def _no_autocast_cache() -> Iterator[None]:
+    """Let autocast keep no copy of a weight that it casts.
+
+    A copy that is made without gradients would have none in a later block that shares the weight.
+    """
+    enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)
+
+
 # torch.compile must not trace a gate: it would compile a graph for every pattern of dropped blocks,
 # and give up after eight of them. With untraced gates it compiles the code between them.
 untraced = partial(
@@ -303,7 +211,7 @@ never_compiled = partial(torch.compiler.disable, recursive=True)
 
 
 def _known_output(block: nn.Module) -> Callable[[nn.Module, Arguments], Any] | None:
-    for name in _class_names(block):
+    for name in class_names(block):
         if name in BLOCK_OUTPUTS:
             return DROPPED_OUTPUTS[BLOCK_OUTPUTS[name]]
     return None
@@ -344,7 +252,7 @@ def gated(blocks: Iterable[nn.Module]) -> Iterator[Gates]:
             run, it is run once without gradients to find the length of the tuple it returns.
 
     Yields:
-        A :class:`Gates`. Set its ``active`` before a forward.
+        A :class:`Gates`. Set its ``active`` or its ``modes`` before a forward.
 
     Raises:
         DroppeftError: if a block already has a gate, or is given twice; inside the context, if

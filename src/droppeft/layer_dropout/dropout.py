@@ -4,91 +4,31 @@ Source: drawing new gates for every mini-batch is from DropPEFT (arXiv:2503.1021
 once per optimizer step, also when gradients are accumulated over several forwards, is ours.
 """
 
-import operator
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import nn
 
 from droppeft.errors import DroppeftError
-from droppeft.layer_dropout.blocks import Gates, find_stacks, gated
+from droppeft.layer_dropout.blocks import Gates, gated
 from droppeft.layer_dropout.modes import LayerModes, Mode, Modes, starts_of
 from droppeft.layer_dropout.module_attributes import attributes_set, own_layerdrop_off
+from droppeft.layer_dropout.options import GateOptions, whole_number, with_defaults
 from droppeft.layer_dropout.rates import explicit_rates, layer_rates, protected_ends
-from droppeft.layer_dropout.schedules import PART, check_schedule, scheduled_rates
+from droppeft.layer_dropout.schedules import check_schedule, scheduled_rates
+from droppeft.layer_dropout.stacks import find_stacks
 
 Blocks = Sequence[nn.Module]
-
-
-class GateOptions(TypedDict, total=False):
-    """Options of :func:`layer_dropout`, which documents each of them."""
-
-    rates: Sequence[float] | None
-    backward_depths: Sequence[float]
-    shape: str
-    sampling: str
-    protect_first: int
-    protect_last: int
-    every: int
-    schedule: str
-    schedule_part: float
-    total_steps: int | None
-    seed: int
-
-
-DEFAULTS = GateOptions(
-    rates=None,
-    backward_depths=(1.0,),
-    shape="uniform",
-    sampling="exact",
-    protect_first=1,
-    protect_last=1,
-    every=1,
-    schedule="constant",
-    schedule_part=PART,
-    total_steps=None,
-    seed=0,
-)
-"""Default values of the options of :func:`layer_dropout`."""
-
-
-def with_defaults(options: GateOptions) -> GateOptions:
-    """Return the options, with the default value of each one that is not given.
-
-    Raises:
-        TypeError: if an option does not exist.
-    """
-    for name in options.keys() - DEFAULTS.keys():
-        raise TypeError(f"layer_dropout() got an unexpected keyword argument {name!r}")
-    return {**DEFAULTS, **options}
-
-
-def whole_number(name: str, value: Any) -> int:
-    """Return a whole number as an ``int``: 3.0 or True in its place would seed another draw.
-
-    Raises:
-        DroppeftError: the value is of another type, such as a float or a bool.
-    """
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        return operator.index(value)
-    except (TypeError, ValueError, RuntimeError):
-        raise DroppeftError(
-            f"{name} is {value!r}, a {type(value).__name__}; it must be a whole number, an int"
-        ) from None
 
 
 class DrawnGates:
     """The state of layer dropout on a model, as :func:`layer_dropout` yields it."""
 
-    def __init__(
-        self, gates: Gates, draw: Callable[[int], Modes], blocks: Blocks
-    ) -> None:
+    def __init__(self, gates: Gates, draw: Callable[[int], Modes], blocks: Blocks) -> None:
         self._gates = gates
         self._draw = draw
         self._trained = [_trainable(block) for block in blocks]
@@ -211,8 +151,8 @@ def layer_dropout(
     New gates are drawn for each optimizer step. All forwards between two optimizer steps run the
     same layers: accumulating gradients equals a larger batch, and all forwards of a loss use the
     same model, also those without gradients (``no_grad``), such as a reference. A layer that a step
-    drops has no gradient (``None``), so the optimizer neither updates nor decays it; if it has one,
-    the optimizer's step raises an error. Gradient checkpointing recomputes exactly the layers that
+    drops, or runs forward only, has no gradient (``None``), so the optimizer neither updates nor
+    decays it; if it has one, the optimizer's step raises an error. Gradient checkpointing recomputes exactly the layers that
     ran.
 
     All layers run in evaluation mode (``model.eval()``) and in ``model.generate``. As for any
@@ -237,13 +177,14 @@ def layer_dropout(
             returns works as well. With ``None``, set ``step`` of the yielded object yourself,
             before each step, and call its ``check_gradients`` after the backward.
         mean: mean drop rate over all L layers, distributed over depth by ``shape``; see
-            :func:`layer_rates`. The encoder and the decoder of an encoder-decoder model each have
+            :func:`layer_rates`. It can be left out if ``backward_depths`` are given. The encoder and the decoder of an encoder-decoder model each have
             this mean, this shape and these protected layers.
         rates: drop rate of each of the L layers, instead of ``mean``, ``shape``, ``protect_first``
             and ``protect_last``. Default: ``None``.
-        backward_depths: fractions of the layers, counted from the last, that a step trains; each
+        backward_depths: fractions of the L layers, counted from the last, that a step trains; each
             step draws one of them, each with the same probability. The layers below run forward
-            only: nothing is stored for them, and they have no gradients. Default: ``(1.0,)``, all
+            only: their outputs are exact, nothing is stored for their backward, and they have no
+            gradients, nor has what comes before them, such as embeddings. Default: ``(1.0,)``, all
             layers in every step.
         shape: distribution of the mean over depth, a key of :data:`SHAPES`. Default:
             ``"uniform"``.
@@ -266,13 +207,13 @@ def layer_dropout(
     Raises:
         DroppeftError: if the blocks of the model are not known, the rates or the schedule are
             impossible, the optimizer does not call step hooks, or a number that must be whole is
-            not; inside the context, if a dropped layer has gradients.
+            not; inside the context, if a layer that a step does not train has gradients.
         TypeError: if an option does not exist.
     """
     chosen = with_defaults(options)
     stacks = find_stacks(model).values()
     blocks = [block for stack in stacks for block in stack]
-    _check_depths(model, chosen["backward_depths"], len(stacks))
+    _check_depths(model, chosen["backward_depths"])
     draw = partial(
         modes_of_step,
         rates=_rates(mean, chosen, [len(stack) for stack in stacks]),
@@ -333,15 +274,19 @@ def modes_of_step(
     )
 
 
-def _check_depths(model: nn.Module, depths: Sequence[float], stacks: int) -> None:
-    """Refuse a backward pass that ends at a depth where something below must be trained."""
-    starts_of(depths, 1)
-    if all(depth == 1 for depth in depths):
-        return
-    if stacks > 1:
+def _check_depths(model: nn.Module, depths: Sequence[float]) -> None:
+    """Refuse depths that are no fractions, or with which virtual tokens would not be trained."""
+    try:
+        starts_of(depths, 1)
+    except TypeError:
         raise DroppeftError(
-            f"backward_depths needs a model with one list of blocks, but {type(model).__name__} "
-            f"has {stacks}; leave it out"
+            f"backward_depths is {depths!r}; give a list of fractions of the layers, such as (1, 0.5)"
+        ) from None
+    adapter = getattr(model, "active_peft_config", None)
+    if min(depths) < 1 and getattr(adapter, "is_prompt_learning", False):
+        raise DroppeftError(
+            "backward_depths below 1 need an adapter inside the layers, since virtual tokens are "
+            "trained through all of them; leave backward_depths out, or use LoRA for example"
         )
 
 
@@ -352,7 +297,8 @@ def _rates(mean: float | None, options: GateOptions, depths: Sequence[int]) -> t
         mean = 0.0
     if (mean is None) == (given is None):
         raise DroppeftError(
-            "layer dropout needs either a mean rate or the rates of all layers, not both; give one"
+            "layer dropout needs either a mean rate or the rates of all layers, not both; give one, "
+            "or none of them with backward_depths below 1"
         )
     if given is None:
         first = whole_number("protect_first", options["protect_first"])

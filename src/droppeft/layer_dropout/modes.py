@@ -1,8 +1,7 @@
 """The mode of a layer in a training step, and distributions over the modes of all layers.
 
-Source: skipping layers is from DropPEFT (arXiv:2503.10217), and so are frozen first layers whose
-states are cached from FedAdapter (arXiv:2205.10162). One notion for all of them, and a backward
-pass whose depth changes from step to step, are ours.
+Source: skipping layers is from DropPEFT (arXiv:2503.10217). The other modes, and a backward pass
+whose depth changes from step to step, are ours.
 """
 
 import random
@@ -85,11 +84,20 @@ class LayerModes:
             skip_rng: draws which layers are skipped.
             need_one_of: layers of which at least one must be trained, such as those with an adapter
                 if nothing else is trained. Layers below the lowest trained one do not count.
+
+        Raises:
+            DroppeftError: the step would train nothing; see also
+                :func:`~droppeft.layer_dropout.sample_active`.
         """
         start = max(self.frozen, start_rng.choice(self.starts))
+        needed = [layer for layer in need_one_of if layer >= start]
+        if need_one_of and not needed:
+            raise DroppeftError(
+                f"a step that trains the layers from {start} on would train nothing, since only layers "
+                f"up to {max(need_one_of)} have trained parameters; make the backward pass deeper"
+            )
         active: Sequence[bool] = (True,) * self.layers
         if self.rates is not None:
-            needed = [layer for layer in need_one_of if layer >= start]
             active = sample_active(self.rates, self.sampling, skip_rng, need_one_of=needed)
         return tuple(self._mode(layer, start, active[layer]) for layer in range(self.layers))
 

@@ -10,8 +10,9 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from droppeft.errors import DroppeftError
-from droppeft.layer_dropout.dropout import DrawnGates, GateOptions, layer_dropout, with_defaults
+from droppeft.layer_dropout.dropout import DrawnGates, layer_dropout
 from droppeft.layer_dropout.modes import Mode
+from droppeft.layer_dropout.options import GateOptions, with_defaults
 
 
 class LayerDropoutCallback(TrainerCallback):  # type: ignore[misc]  # transformers ships no types
@@ -45,7 +46,8 @@ class LayerDropoutCallback(TrainerCallback):  # type: ignore[misc]  # transforme
     Evaluation runs every layer even then.
 
     Args:
-        mean: mean drop rate; see :func:`~droppeft.layer_dropout.layer_dropout`.
+        mean: mean drop rate; see :func:`~droppeft.layer_dropout.layer_dropout`. It can be left out if
+            ``backward_depths`` are given.
         options: the other options of :func:`~droppeft.layer_dropout.layer_dropout`, which are
             checked when training begins. ``total_steps`` is taken from the Trainer and cannot be
             given. ``seed`` defaults to the Trainer's seed.
@@ -53,7 +55,7 @@ class LayerDropoutCallback(TrainerCallback):  # type: ignore[misc]  # transforme
     Raises:
         DroppeftError: when training begins, as :func:`~droppeft.layer_dropout.layer_dropout`, if
             the process has several GPUs, or if the loss would compare forwards of different layers;
-            before an optimizer step, if a dropped layer has a gradient.
+            before an optimizer step, if a layer that it does not train has a gradient.
         TypeError: if an option does not exist or is ``total_steps``.
     """
 
@@ -108,7 +110,7 @@ class LayerDropoutCallback(TrainerCallback):  # type: ignore[misc]  # transforme
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Check that only layers that ran have gradients, and that the reference ran as they did.
+        """Check that only trained layers have gradients, and that the reference ran as they did.
 
         Raises:
             DroppeftError: see :meth:`DrawnGates.check_gradients`, or if the reference is a model of

@@ -54,10 +54,15 @@ class AdapterSpec:
     tokens: int | None = None
     options: tuple[tuple[str, OptionValue], ...] = ()
 
+    @property
+    def first_layer(self) -> int:
+        """Index of the first layer with an adapter; L if no layer has one."""
+        return next((i for i, layer in enumerate(self.layers) if layer), len(self.layers))
+
 
 @dataclass(frozen=True)
 class LayerDropout:
-    """How the gates of one local training are drawn.
+    """How the layers that the steps of one local training skip are drawn.
 
     Attributes:
         rates: the probability that a layer is dropped, one per layer, each in [0, 1].
@@ -236,7 +241,7 @@ class Instruction:
             the seed (as FFA-LoRA's A).
         share: names of the tensors that may be sent to the server. All others stay on the client.
             With :attr:`sharing`, so do the layers that the client does not choose to share.
-        dropout: how gates are drawn; ``None`` runs all layers in every step.
+        dropout: how layers to skip are drawn; ``None`` skips none.
         objective: what is added to the task's loss.
         base_delta: change of the backbone while this instruction runs, or ``None``.
         budget: length of the local training.

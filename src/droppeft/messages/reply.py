@@ -13,7 +13,7 @@ class CachedLayersCost:
 
     Attributes:
         hits: rows whose hidden states were already on the client's disk.
-        built: rows whose hidden states were computed.
+        built: rows whose hidden states were computed to be stored; 0 without a cache.
         built_tokens: tokens of the ``built`` rows, padding included.
         build_wall_s: seconds for computing and storing the states; part of the time of the
             training steps.
@@ -40,8 +40,8 @@ class MeasuredCost:
         tokens: tokens trained on, padding and skipped steps included.
         rows: rows that contain these tokens.
         layer_tokens: per layer, how many of these tokens it was trained on.
-        forward_tokens: per layer, how many of these tokens it computed forward only. Frozen layers
-            are in ``cached_layers``.
+        forward_tokens: per layer, how many of these tokens it computed forward only; also of frozen
+            layers whose states are not cached.
         reward_tokens: tokens that all layers computed to measure the reward, padding included.
         cached_layers: cost of the frozen layers.
         scoring_tokens: tokens that all layers computed to score layers, padding included.

@@ -96,7 +96,7 @@ def _shaped_rates(config: DropoutConfig, num_layers: int) -> tuple[float, ...]:
     return layer_rates(config.count / num_layers, config.shape, num_layers, protected=protected)
 
 
-def configured_starts(setup: Setup) -> tuple[int, ...]:
+def _starts(setup: Setup) -> tuple[int, ...]:
     """Candidates for the lowest layer that a step trains, of which it draws one."""
     frozen = setup.config.frozen.count
     return starts_of(setup.config.backward.depths, setup.num_layers, frozen)
@@ -127,7 +127,7 @@ def _instruct(
 ) -> list[Instruction]:
     memory: DropPEFTMemory = state.memory
     if memory.bandit is None:
-        gates, starts = _gates(setup, rates_of_round(setup, round)), configured_starts(setup)
+        gates, starts = _gates(setup, rates_of_round(setup, round)), _starts(setup)
         instructions = [
             replace(full_instruction(setup, state, round, client, gates), starts=starts)
             for client in cohort

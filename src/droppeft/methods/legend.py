@@ -99,6 +99,7 @@ def _last_layers(setup: Setup, state: ServerState, round: int, client: int) -> I
         adapter=adapter,
         tensors=restrict(instruction.tensors, names),
         share=instruction.share & names,
+        starts=(lower,),
     )
 
 

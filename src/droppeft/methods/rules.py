@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from droppeft.adapters.settings import check
-from droppeft.adapters.types import TYPES, check_on
+from droppeft.adapters.types import check_on
 from droppeft.config import Config, as_tree, build_config, flat
 from droppeft.errors import DroppeftError
 from droppeft.federated_method import Method, adapter_spec
 from droppeft.methods import METHODS, method_named
 from droppeft.methods.privacy_rules import check_privacy
+from droppeft.methods.step_rules import check_layered, check_offload
 from droppeft.sharing.bounding import FEWEST
 from droppeft.sharing.direction_check import FEWEST_DIRECTIONS
 from droppeft.sharing.merge_rules import COORDINATE_RULES
@@ -217,7 +218,7 @@ def check_settings(config: Config) -> None:
     check(adapter_spec(config.adapter, num_layers=1))
     check_on(config.adapter.type, config.adapter.options, config.quantization)
     check_offload(config)
-    _check_frozen(config)
+    check_layered(config)
     check_privacy(method, METHODS, config)
     _check_measured(method, config)
     _check_configurator(method, config)
@@ -265,27 +266,6 @@ def _check_lora(method: Method, config: Config) -> None:
                 f"hold with adapter.options.{option}; leave adapter.options.{option} out, or set "
                 "method=fedlora"
             )
-
-
-def check_offload(config: Config) -> None:
-    """Refuse ``training.offload`` where it would not save memory.
-
-    Raises:
-        DroppeftError: the message says what to set.
-    """
-    if not config.training.offload:
-        return
-    if config.quantization != "none":
-        raise DroppeftError(
-            "training.offload=true cannot be combined with "
-            f"quantization={config.quantization}; choose one"
-        )
-    cached = config.frozen.layers != 0 and config.frozen.cache
-    if not cached and config.dropout.every != "round":
-        raise DroppeftError(
-            "training.offload=true saves no memory when every step may run other layers; set "
-            "dropout.every=round, or frozen.layers with frozen.cache=true"
-        )
 
 
 def _check_merge(method: Method, config: Config) -> None:
@@ -383,16 +363,6 @@ def _unread(config: Config) -> list[NoEffect]:
         )
         for table in sorted(users.keys() - method_named(config.method).tables)
     ]
-
-
-def _check_frozen(config: Config) -> None:
-    """Refuse frozen layers with virtual tokens, on which the output of every layer depends."""
-    name, layers = config.adapter.type, config.frozen.layers
-    if layers and TYPES[name].kind != "layered":
-        raise DroppeftError(
-            f"frozen.layers={layers} needs an adapter inside layers, but {name} is not in a layer; "
-            "set another adapter.type, or frozen.layers=0"
-        )
 
 
 def _check_measured(method: Method, config: Config) -> None:

@@ -319,9 +319,23 @@ def _cost_lines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         (
             "mean depth",
             "–" if depth is None else f"{depth:.2f}",
-            f"of {counted(layers, 'layer')}{above} per step",
+            f"of {counted(layers, 'layer')}{above} trained per step",
         ),
+        *_other_modes(result),
         ("activations", bytes_text(result["activation_bytes_peak"]), "peak stored for backward"),
+    ]
+
+
+def _other_modes(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Lines about the layers that ran forward only, and that were skipped, if there were any."""
+    modes = {
+        "forward only": ("mean_forward_layers", "without a backward pass"),
+        "skipped": ("mean_skipped_layers", "by layer dropout"),
+    }
+    return [
+        (name, f"{result[key]:.2f}", f"layers per step, {note}")
+        for name, (key, note) in modes.items()
+        if result[key]
     ]
 
 

@@ -13,9 +13,14 @@ Row = Mapping[str, Any]
 WIDTH = 56
 """Characters in a line of a title."""
 
-RATES, SHARES, COVERAGE, IMPORTANCE = "rates", "arms", "coverage", "importance"
+ROUNDING = 1e-9
+"""A share of steps that is below 1 by less counts as 1."""
+
+RATES, SHARES, TRAINED = "rates", "arms", "trained"
+COVERAGE, IMPORTANCE = "coverage", "importance"
 """Beginnings of figures' names, which end with the variant's number. Rates and arms are drawn for
-runs with a configurator, coverage and importance where clients do not send every layer."""
+runs with a configurator, trained steps where steps train different layers, coverage and importance
+where clients do not send every layer."""
 
 
 def of_layers(number: int, variant: str, runs: Sequence[Sequence[Row]]) -> dict[str, Any]:
@@ -33,14 +38,21 @@ def of_layers(number: int, variant: str, runs: Sequence[Sequence[Row]]) -> dict[
         if any(any(_rates(row)) for row in chain(*noted)):
             made[f"{RATES}-{number}"] = _by_layer(title, noted, _rates)
         made[f"{SHARES}-{number}"] = _shares(variant, noted)
+    trained = [
+        [row for row in rows if row.get("layer_steps") and row["mean_active_layers"]]
+        for rows in runs
+    ]
+    if trained and all(trained) and any(_changes(_trained(row)) for row in chain(*trained)):
+        title = f"{variant}: share of steps that trained each layer"
+        made[f"{TRAINED}-{number}"] = _by_layer(title, trained, _trained)
     merged = [[row for row in rows if row.get("coverage") and row["accepted"]] for rows in runs]
     if merged and all(merged) and any(min(_covered(row)) < 1 for row in chain(*merged)):
         title = f"{variant}: clients that sent each layer"
         made[f"{COVERAGE}-{number}"] = _by_layer(title, merged, _covered)
-        trained = [[row for row in rows if any(row.get("importance") or ())] for rows in runs]
-        if all(trained):
+        normed = [[row for row in rows if any(row.get("importance") or ())] for rows in runs]
+        if all(normed):
             title = f"{variant}: gradient norm of each layer, relative to the round's largest"
-            made[f"{IMPORTANCE}-{number}"] = _by_layer(title, trained, _important)
+            made[f"{IMPORTANCE}-{number}"] = _by_layer(title, normed, _important)
     return made
 
 
@@ -48,6 +60,17 @@ def _rates(row: Row) -> Sequence[float]:
     """Drop rate of each layer, mean over a round's clients."""
     rates: Sequence[float] = row["notes"]["rates"]
     return rates
+
+
+def _trained(row: Row) -> Sequence[float]:
+    """Share of a round's merged steps that trained each layer."""
+    steps = sum(row["layer_steps"]) / row["mean_active_layers"]
+    return [count / steps for count in row["layer_steps"]]
+
+
+def _changes(shares: Sequence[float]) -> bool:
+    """Whether some layer was trained in some of the steps and not in others."""
+    return any(0 < share < 1 - ROUNDING for share in shares)
 
 
 def _covered(row: Row) -> Sequence[float]:

@@ -46,7 +46,7 @@ from droppeft.report.figures import (
     TWO,
     figures,
 )
-from droppeft.report.layers import COVERAGE, IMPORTANCE, RATES, SHARES
+from droppeft.report.layers import COVERAGE, IMPORTANCE, RATES, SHARES, TRAINED
 from droppeft.runs.folder import CONFIG, RESULT, ROUNDS, read_result
 from droppeft.runs.read_ledger import read_rows
 from droppeft.tasks.metrics import TEXT_METRICS
@@ -174,7 +174,7 @@ def _section(part: Part, made: Mapping[str, str]) -> dict[str, Any]:
         "failures": failures(part),
         "groups": [(drawn(names), _caption(names, text, part)) for names, text in GROUPS.items()],
         "arms": starting(f"{RATES}-", f"{SHARES}-"),
-        "layers": starting(f"{COVERAGE}-", f"{IMPORTANCE}-"),
+        "layers": starting(f"{TRAINED}-", f"{COVERAGE}-", f"{IMPORTANCE}-"),
     }
 
 

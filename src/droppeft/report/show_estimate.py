@@ -146,7 +146,7 @@ def _alike(shown: Sequence[Option]) -> list[str]:
 def _table(answer: Answer, shown: Sequence[Option]) -> Table:
     alike = _alike(shown)
     columns = {name: cell for name, cell in SETTINGS.items() if name not in alike}
-    columns["run"] = lambda one: f"{one.active}/{one.num_layers}"
+    columns["trained"] = lambda one: f"{one.active}/{one.num_layers}"
     columns["memory"] = lambda one: bytes_text(one.memory.total)
     columns["headroom"] = lambda one: bytes_text(answer.limits.memory_bytes - one.memory.total)
     if answer.profile is not None:
@@ -167,7 +167,7 @@ def _summary(answer: Answer, shown: int) -> str:
     kernels = counted_on(answer.options[0].config)
     return (
         f"{fitting} of {counted(len(answer.options), 'combination')} {fit}{least}. "
-        "run: layers that run in a step, at most; ckpt: gradient checkpointing. All modelled, "
+        "trained: layers that a step trains, at most; ckpt: gradient checkpointing. All modelled, "
         f"activations as on {kernels}; "
         "memory that malloc does not return is not counted (docs/reference/cost_estimates.md)."
     )
@@ -195,7 +195,7 @@ def _plain(one: Option, limits: Limits) -> dict[str, Any]:
     return {
         "settings": dict(setting.split("=", 1) for setting in one.overrides),
         "num_layers": one.num_layers,
-        "active_layers": one.active,
+        "trained_layers": one.active,
         "memory_bytes": {**asdict(one.memory), "total": one.memory.total},
         "headroom_bytes": limits.memory_bytes - one.memory.total,
         "step_modelled_s": one.step_s,

@@ -65,7 +65,7 @@ def show(result: Mapping[str, Any], console: Console) -> None:
     )
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", padding=(0, 1, 0, 0))
     energy = any(row["step_j"] is not None for row in rows)
-    names = ["rate", "run", "step", "quartiles", "stored", "peak used", "peak resident"]
+    names = ["rate", "trained", "step", "quartiles", "stored", "peak used", "peak resident"]
     for name in (*names, *(["energy"] if energy else [])):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
@@ -73,14 +73,14 @@ def show(result: Mapping[str, Any], console: Console) -> None:
     console.print(table)
     note = _note(rows, config["accelerator"])
     reported = "" if energy else " energy: not reported by this hardware."
-    console.print(f"run: layers in a step. {note}{reported}", style="dim", highlight=False)
+    console.print(f"trained: layers in a step. {note}{reported}", style="dim", highlight=False)
 
 
 def _cells(row: Mapping[str, Any], layers: int) -> list[str]:
     low, high = row["step_quartiles_s"]
     return [
         f"{row['rate']:g}",
-        f"{row['executed']:.2f}/{layers}",
+        f"{row['trained']:.2f}/{layers}",
         f"{row['step_s']:.3f} s",
         f"{low:.3f}–{high:.3f}",
         bytes_text(row["activation_bytes_peak"]),
@@ -153,7 +153,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
 def _row(one: RateProfile) -> dict[str, Any]:
     return {
         "rate": one.rate,
-        "executed": one.executed,
+        "trained": one.trained,
         "step_s": one.step_s,
         "step_quartiles_s": list(one.step_quartiles_s),
         "activation_bytes_peak": one.activation_bytes_peak,

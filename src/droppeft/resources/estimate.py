@@ -89,7 +89,7 @@ class Option:
     Attributes:
         config: of a run.
         num_layers: L of its model.
-        active: largest number of layers that run in a step.
+        active: largest number of layers that a step trains.
         memory: peak memory by what it is used for.
         step_s: modelled seconds of a mean step; ``None`` without a device profile.
     """
@@ -244,11 +244,12 @@ def option(config: Config, profile: DeviceProfile | None) -> Option:
     check_runnable(config)
     layers, frozen = model_shape(config.model, config.task).num_layers, config.frozen.count
     start = min(starts_of(config.backward.depths, layers, frozen))
-    rates = _rates(config, layers)[start:]
+    rates = _rates(config, layers)[frozen:]
     if config.dropout.schedule != "constant":
         rates = (0.0,) * len(rates)  # some rounds run at full depth
-    active = most_active(rates, config.dropout.sampling, WORST_OF_STEPS)
-    loaded = active if config.dropout.every == "round" else layers - frozen
+    running = most_active(rates, config.dropout.sampling, WORST_OF_STEPS)
+    active = min(running, layers - start)
+    loaded = running if config.dropout.every == "round" else layers - frozen
     return Option(
         config=config,
         num_layers=layers,

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from droppeft.adapters.types import adapter_type, check_on
+from droppeft.adapters.types import check_on
 from droppeft.config import Config
 from droppeft.costs.fake_step import empty_model
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import find_blocks
 from droppeft.methods.droppeft import configured_rates
-from droppeft.methods.rules import check_offload
+from droppeft.methods.step_rules import check_layered, check_offload
 from droppeft.models.loading import most_tokens
 from droppeft.tasks.registry import task_named
 
@@ -63,8 +63,7 @@ def check_runnable(config: Config) -> None:
         raise DroppeftError(
             f"frozen.layers={frozen} leaves none of the {shape.num_layers} layers to train"
         )
-    if frozen and adapter_type(kind).kind != "layered":
-        raise DroppeftError(f"frozen.layers={frozen} needs an adapter in the layers, not {kind}")
+    check_layered(config)
     check_offload(config)
     check_on(kind, config.adapter.options, config.quantization)
     tokens = config.training.max_length + (config.adapter.tokens or 0)

@@ -46,7 +46,7 @@ class ProfileRun:
 
     Attributes:
         step_s: mean time of a step.
-        executed: mean number of blocks that ran in a step.
+        trained: mean number of blocks that a step trained.
         activation_bytes_peak: largest number of bytes that a step stored for the backward.
         process_bytes: resident memory after the libraries are loaded and a small model is trained,
             before the model is loaded; 0 on CUDA, where torch counts tensors only.
@@ -58,7 +58,7 @@ class ProfileRun:
     """
 
     step_s: float
-    executed: float
+    trained: float
     activation_bytes_peak: int
     process_bytes: int
     peak_bytes: int
@@ -102,7 +102,7 @@ def run_steps(config: Config, steps: int, *, release_memory: bool) -> ProfileRun
     step_s = update.cost.train_wall_s / steps
     return ProfileRun(
         step_s=step_s,
-        executed=sum(update.active_steps) / steps,
+        trained=sum(update.active_steps) / steps,
         activation_bytes_peak=update.cost.activation_bytes_peak,
         process_bytes=process_bytes,
         peak_bytes=peak_bytes,

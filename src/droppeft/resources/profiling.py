@@ -45,9 +45,9 @@ class RateProfile:
         return low, high
 
     @property
-    def executed(self) -> float:
-        """Blocks that ran in a step, mean over the timed runs."""
-        return statistics.fmean(run.executed for run in self.timed_runs)
+    def trained(self) -> float:
+        """Blocks that a step trained, mean over the timed runs."""
+        return statistics.fmean(run.trained for run in self.timed_runs)
 
     @property
     def activation_bytes_peak(self) -> int:

@@ -269,10 +269,10 @@ def _delivered(result: Mapping[str, Any], rows: Sequence[RoundRow]) -> str | Non
 
 def _dropping(result: Mapping[str, Any], rows: Sequence[RoundRow]) -> str | None:
     """Name heavy layer dropout as a reason if a run that used it learnt little or got worse."""
-    metric, depth = primary_metric(result), result["mean_active_layers"]
+    metric, dropped = primary_metric(result), result["mean_skipped_layers"]
     layers = result["num_layers"] - result["config"]["frozen"]["layers"]
     value = result[metric.key("global")]
-    if depth is None or value is None or depth > (1 - HEAVY_DROPPING) * layers:
+    if dropped is None or value is None or dropped < HEAVY_DROPPING * layers:
         return None
     best = result[metric.key("best")]
     margin = _margin(metric, best, result["sampled_test_rows"])
@@ -280,7 +280,7 @@ def _dropping(result: Mapping[str, Any], rows: Sequence[RoundRow]) -> str | None
     if _has_learnt(result) and metric.gain(last, best) >= -margin:
         return None
     return (
-        f"On average {layers - depth:.1f} of {layers} layers were dropped in a step, which can "
+        f"On average {dropped:.1f} of {layers} layers were dropped in a step, which can "
         "keep a model from learning: try a lower dropout.mean, or method=adaptive."
     )
 

@@ -18,7 +18,7 @@ from droppeft.messages.encoding import tensor_bytes
 from droppeft.messages.instruction import Instruction, instruction_bytes
 from droppeft.messages.reply import Failure, Reply, Update
 
-SCHEMA_VERSION = 8
+SCHEMA_VERSION = 9
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,10 @@ class RoundRow:
         validation_loss: loss of the global model on validation rows of the same clients in every
             round; ``None`` if it was not measured.
         train_loss: mean over the steps of a client, then over accepted clients.
-        mean_active_layers: layers that ran per step, mean over all steps of accepted clients.
+        mean_active_layers: layers that were trained per step, mean over all steps of accepted
+            clients.
+        mean_forward_layers, mean_skipped_layers: layers that ran forward only, and that were
+            skipped, per token, mean over all tokens of accepted clients.
         activation_bytes_peak: most bytes stored for the backward pass in a step of any client.
         upload_bytes, download_bytes: size of the tensors of all updates that passed validation, and
             of all instructions, those that ask for ``validation_loss`` included.
@@ -62,9 +65,9 @@ class RoundRow:
         idle_modelled_share: part of the accepted clients' time that they wait for the slowest of
             them; ``None`` if unknown.
         coverage: per layer, number of merged updates that contain it.
-        layer_steps: per layer, number of steps in which it ran, summed over merged updates.
-        importance: per layer, mean gradient norm over the merged updates in which it ran; 0 if it
-            ran in none.
+        layer_steps: per layer, number of steps that trained it, summed over merged updates.
+        importance: per layer, mean gradient norm over the merged updates that trained it; 0 if none
+            did.
         notes: what the method reports about the round, such as the configurator's arms.
         epsilon: what all rounds so far have spent; ``None`` without differential privacy.
     """
@@ -78,6 +81,8 @@ class RoundRow:
     validation_loss: float | None
     train_loss: float | None
     mean_active_layers: float | None
+    mean_forward_layers: float | None
+    mean_skipped_layers: float | None
     activation_bytes_peak: int
     upload_bytes: int
     download_bytes: int
@@ -270,6 +275,7 @@ def round_row(
     received = [reply for reply in closed.checked_replies if isinstance(reply, Update)]
     updates, modelled = closed.accepted, closed.modelled
     steps = sum(update.steps for update in updates)
+    forward, skipped = _other_modes(closed)
     slowest_s = max((update.cost.total_wall_s for update in updates), default=0.0)
     return RoundRow(
         round=closed.round,
@@ -283,6 +289,8 @@ def round_row(
         mean_active_layers=sum(sum(update.active_steps) for update in updates) / steps
         if steps
         else None,
+        mean_forward_layers=forward,
+        mean_skipped_layers=skipped,
         activation_bytes_peak=max((u.cost.activation_bytes_peak for u in received), default=0),
         upload_bytes=_upload_bytes(closed),
         download_bytes=sum(map(instruction_bytes, closed.instructions)) + evaluation.download_bytes,
@@ -317,6 +325,8 @@ def private_row(row: RoundRow, epsilon: float) -> RoundRow:
         row,
         train_loss=None,
         mean_active_layers=None,
+        mean_forward_layers=None,
+        mean_skipped_layers=None,
         round_modelled_s=None,
         energy_modelled_j=None,
         idle_modelled_share=None,
@@ -324,6 +334,19 @@ def private_row(row: RoundRow, epsilon: float) -> RoundRow:
         importance=[],
         epsilon=epsilon,
     )
+
+
+def _other_modes(closed: ClosedRound) -> tuple[float | None, float | None]:
+    """Mean numbers of layers that ran forward only, and that were skipped, over all tokens."""
+    tokens = forward = skipped = 0
+    for instruction, update in zip(closed.instructions, closed.replies, strict=True):
+        if isinstance(update, Update):
+            cost, first = update.cost, instruction.frozen
+            ran = sum(cost.layer_tokens[first:]) + sum(cost.forward_tokens[first:])
+            tokens += cost.tokens
+            forward += sum(cost.forward_tokens)
+            skipped += cost.tokens * len(cost.layer_tokens[first:]) - ran
+    return (forward / tokens, skipped / tokens) if tokens else (None, None)
 
 
 def _upload_bytes(closed: ClosedRound) -> int:

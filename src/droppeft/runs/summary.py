@@ -12,6 +12,9 @@ ROUNDING = 1e-9
 SMOOTHED_EVALUATIONS = 3
 """A target is reached when the mean of this many consecutive evaluations reaches it."""
 
+LAYERS_BY_MODE = ("mean_active_layers", "mean_forward_layers", "mean_skipped_layers")
+"""Columns of a round whose means over the rounds are in the summary."""
+
 
 def summarise(
     rows: Sequence[RoundRow], initial: Mapping[str, float], metric: Metric, target: float | None
@@ -29,7 +32,6 @@ def summarise(
     best, best_round = metric.best(measured)
     reached = target_round(evaluations, initial[metric.name], target, metric)
     until = [row for row in rows if reached is not None and row.round <= reached]
-    depth = [row.mean_active_layers for row in rows if row.mean_active_layers is not None]
     return {
         "rounds": len(rows),
         metric.key("first"): measured[0][0] if measured else None,
@@ -37,7 +39,10 @@ def summarise(
         metric.key("best"): best,
         "best_round": best_round,
         "train_loss": rows[-1].train_loss if rows else None,
-        "mean_active_layers": mean_or_none(depth),
+        **{
+            name: mean_or_none([value for row in rows if (value := getattr(row, name)) is not None])
+            for name in LAYERS_BY_MODE
+        },
         "activation_bytes_peak": max((row.activation_bytes_peak for row in rows), default=0),
         "upload_bytes": sum(row.upload_bytes for row in rows),
         "download_bytes": sum(row.download_bytes for row in rows),

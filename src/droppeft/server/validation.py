@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from droppeft.messages.instruction import Instruction
+from droppeft.layer_dropout.modes import Mode
+from droppeft.messages.instruction import Instruction, modes_of
 from droppeft.messages.reply import EvaluationReply, Failure, Reply, Update
 from droppeft.messages.tensors import HEAD, OTHER, Layout, flatten
 from droppeft.sharing.criteria import CRITERIA
@@ -26,7 +27,7 @@ def why_refused(instruction: Instruction, update: Update, layout: Layout, task: 
     - The update replies to this instruction: it has its round, client and nonce.
     - Its counts fit the instruction's budget, because they are its weight in the mean.
     - Its costs are possible and agree with the counts.
-    - It holds exactly the tensors that may be sent, of layers that ran and that it shares.
+    - It holds exactly the tensors that may be sent, of layers that it trained and that it shares.
     - The tensors have the shapes of the instruction's adapter.
     - All numbers are finite.
 
@@ -89,7 +90,7 @@ def _wrong_counts(instruction: Instruction, update: Update) -> str | None:
     if not 1 <= update.examples <= update.steps * batch_size:
         return f"claims {update.examples} rows in {update.steps} steps of at most {batch_size}"
     if not all(0 <= active <= update.steps for active in update.active_steps):
-        return "claims that a layer was active in more steps than there were"
+        return "claims that a layer was trained in more steps than there were"
     if not np.isfinite((update.train_loss, update.reward or 0.0, *update.importance)).all():
         return (
             "its loss, reward or gradients are not finite: training diverges; lower "
@@ -130,16 +131,28 @@ def _wrong_cost(instruction: Instruction, update: Update) -> str | None:
     expected = (update.steps, cost.tokens) if instruction.personal_adapter is not None else (0, 0)
     if (cost.personal_steps, cost.personal_tokens) != expected:
         return f"claims {cost.personal_steps} steps with a personal adapter, not {expected[0]}"
+    return _wrong_tokens(instruction, update)
+
+
+def _wrong_tokens(instruction: Instruction, update: Update) -> str | None:
+    """Check the tokens of each layer against the steps in which it was trained, and its modes."""
+    cost, layers = update.cost, len(instruction.adapter.layers)
     for tokens_by_layer in (cost.layer_tokens, cost.forward_tokens):
         if len(tokens_by_layer) != layers:
             return f"has tokens for {len(tokens_by_layer)} layers, the model has {layers}"
-    for layer in range(instruction.frozen, layers):
-        active, tokens = update.active_steps[layer], cost.layer_tokens[layer]
+    shares = modes_of(instruction).shares()
+    for layer, (active, trained, forward) in enumerate(
+        zip(update.active_steps, cost.layer_tokens, cost.forward_tokens, strict=True)
+    ):
+        if (trained and not shares[Mode.TRAIN][layer]) or (
+            forward and not shares[Mode.FORWARD][layer]
+        ):
+            return f"claims to have run layer {layer} as it was not asked to"
         least = cost.tokens if active == update.steps else min(active, 1)
-        if not least <= tokens <= cost.tokens - cost.forward_tokens[layer]:
+        if not least <= trained <= cost.tokens - forward:
             return (
-                f"claims {tokens} of {cost.tokens} tokens in layer {layer}, "
-                f"which was active in {active} steps"
+                f"claims {trained} of {cost.tokens} tokens in layer {layer}, "
+                f"which was trained in {active} steps"
             )
     return None
 
@@ -184,7 +197,7 @@ def _wrong_names(instruction: Instruction, update: Update, layout: Layout) -> st
     expected = {
         (key, name)
         for name, (key, _) in layout.items()
-        if name in instruction.share and (key in (HEAD, OTHER) or _ran_and_shared(update, int(key)))
+        if name in instruction.share and (key in (HEAD, OTHER) or _trained_and_shared(update, int(key)))
     }
     for _, name in sorted(sent - expected, key=str):
         return f"sends {name}, which it may not send or did not train"
@@ -193,7 +206,7 @@ def _wrong_names(instruction: Instruction, update: Update, layout: Layout) -> st
     return None
 
 
-def _ran_and_shared(update: Update, layer: int) -> bool:
+def _trained_and_shared(update: Update, layer: int) -> bool:
     return update.active_steps[layer] > 0 and (update.shared is None or layer in update.shared)
 
 

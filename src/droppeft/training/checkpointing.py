@@ -73,7 +73,7 @@ def checkpointed(
     Args:
         model: the model, with or without an adapter.
         blocks: its L layers, before they are gated.
-        note: called at each forward pass of a block.
+        note: called at each forward pass of a block that has a backward pass.
 
     Raises:
         DroppeftError: see :func:`check_checkpointing`.
@@ -100,6 +100,8 @@ def _checkpoint(
     *inputs: Any,
 ) -> Any:
     own = partial(_run_in_mode, block, mode, function.func, *function.args, **function.keywords)
+    if not torch.is_grad_enabled():  # nothing is stored, and there is no backward
+        return own(*inputs)
     note(Call(block, own, inputs))
     return checkpoint(own, *inputs, use_reentrant=False)
 

@@ -152,17 +152,18 @@ def train(
     """Take one AdamW step per batch; a step does not change the layers that it does not train.
 
     A layer that a step does not train has no gradient, not a gradient of 0, so that AdamW applies
-    neither momentum nor weight decay to it. The optimizer and, in fp16, the loss scale are created anew for
-    each call, so that only the adapter carries over to the next local training. If fp16 overflows,
-    the step is skipped: it changes neither parameters nor momentum, but its batch, its gates and
-    its place in the schedule are used up.
+    neither momentum nor weight decay to it. The optimizer and, in fp16, the loss scale are created
+    anew for each call, so that only the adapter carries over to the next local training. If fp16
+    overflows, the step is skipped: it changes neither parameters nor momentum, but its batch, its
+    modes and its place in the schedule are used up.
 
     Args:
         on: the model and its trained parameters.
         steps: the steps, in order.
         settings: learning rates, precision and further settings.
         objective: what is added to the task's loss.
-        cached: replaces the frozen layers in every step; they do not run, and count as dropped.
+        cached: replaces the frozen layers in every step. Their modes say whether their states are
+            computed in every step (``FORWARD``) or read (``CACHED``).
         anchors: see :class:`~droppeft.training.objectives.Terms`.
         deadline: checked before every step.
 
@@ -185,7 +186,7 @@ def train(
             gates.modes = step.modes
             if cached is not None:
                 cached.skip(gates, index, step.batch)
-            loop.take(step, gates.modes)
+            loop.take(step)
     if on.task.device.type == "cuda":
         torch.cuda.synchronize()  # so that the time includes the work that is still queued
     return loop.totals.outcome(loop.meter.peak_bytes, time.perf_counter() - start)
@@ -217,7 +218,7 @@ class _Loop:
             return nullcontext()
         return checkpointed(self.on.model, self.on.blocks, self.meter.note)
 
-    def take(self, step: Step, modes: Sequence[Mode]) -> None:
+    def take(self, step: Step) -> None:
         """Run forward, backward, the method's added terms, clipping, and the optimizer step."""
         on, trained = self.on, self.on.values
         with autocast(self.settings.precision, on.task.device), self.meter.measuring():
@@ -230,7 +231,7 @@ class _Loop:
         clip_grads_with_norm_(trained, self.settings.clip_norm, total_norm(trained))
         stepped = optimizer_step(self.optimizer, self.scaler)
         self.optimizer.zero_grad(set_to_none=True)
-        self.totals.note(step.batch, on.task.targets(step.batch), loss, modes, norms, stepped)
+        self.totals.note(step, on.task.targets(step.batch), loss, norms, stepped)
 
 
 def evaluate(
@@ -331,20 +332,22 @@ class _Totals:
 
     def note(
         self,
-        batch: Batch,
+        step: Step,
         targets: int,
         loss: torch.Tensor,
-        modes: Sequence[Mode],
         norms: torch.Tensor,
         stepped: bool,
     ) -> None:
-        trained = np.array([mode is Mode.TRAIN for mode in modes], dtype=np.int64)
-        forward = np.array([mode is Mode.FORWARD for mode in modes], dtype=np.int64)
+        trained, forward = (
+            np.array([mode is wanted for mode in step.modes], dtype=np.int64)
+            for wanted in (Mode.TRAIN, Mode.FORWARD)
+        )
+        batch, tokens = step.batch, step.batch["input_ids"].numel()
         self.steps += 1
         self.rows += rows_of(batch)
-        self.tokens += batch["input_ids"].numel()
-        self.layer_tokens += batch["input_ids"].numel() * trained
-        self.forward_tokens += batch["input_ids"].numel() * forward
+        self.tokens += tokens
+        self.layer_tokens += tokens * trained
+        self.forward_tokens += tokens * forward
         if stepped:
             self.losses.append(loss.detach())
             self.gradients.note(norms)
