@@ -114,7 +114,7 @@ class Attached:
         task = Classification(("input_ids",), 0, torch.device("cpu"))
         train(
             Trainable(self.model, self.blocks, trained, task),
-            [Step(texts(), skipping(active), 1.0) for active in gates],
+            [Step([texts()], skipping(active), 1.0) for active in gates],
             replace(TRAINING, **rates),
         )
 

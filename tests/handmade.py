@@ -98,6 +98,7 @@ def assert_same(first: Tensors, second: Tensors) -> None:
 
 TRAINING = LocalTraining(
     batch_size=16,
+    micro_batch_size=None,
     learning_rate=1e-3,
     head_learning_rate=1e-2,
     loraplus_lr_ratio=1.0,

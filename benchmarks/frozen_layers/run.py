@@ -136,7 +136,7 @@ class Stand:
         behind = self.depth - arm.frozen
         rates = (0.0,) * arm.frozen + (arm.dropped / behind,) * behind
         active = sample_active(rates, "exact", draw)
-        step = Step(self.model.task.collate(self.table, self.rows), skipping(active), 1.0)
+        step = Step([self.model.task.collate(self.table, self.rows)], skipping(active), 1.0)
         trainable = self.model.trainable(self.model.parameters)
         outcome = train(trainable, [step], local_training(Config()), cached=cached)
         if cached:

@@ -190,7 +190,10 @@ def run(cell: Cell, data: TextData, model_path: str, dev: TextTable) -> dict[str
         batches = [task.collate(table, chosen) for chosen in rows[start:stop]]
         factors = [min(1.0, (step + 1) / WARM_UP) for step in range(start, stop)]
         before = time.process_time()
-        steps = [Step(*each) for each in zip(batches, gates[start:stop], factors, strict=True)]
+        steps = [
+            Step([batch], modes, factor)
+            for batch, modes, factor in zip(batches, gates[start:stop], factors, strict=True)
+        ]
         outcome = train(
             Trainable(model, blocks, parameters, task),
             steps,

@@ -194,6 +194,7 @@ def local_training(config: Config) -> LocalTraining:
     settings = config.training
     return LocalTraining(
         batch_size=settings.batch_size,
+        micro_batch_size=settings.micro_batch_size,
         learning_rate=settings.learning_rate,
         head_learning_rate=settings.head_learning_rate,
         loraplus_lr_ratio=settings.loraplus_lr_ratio,

@@ -177,7 +177,7 @@ def test_only_adapters_and_head_are_in_training_mode(
         head_dropout: Any = model.model.get_submodule("base_model.model.dropout")
         head_dropout.p = 0.0
         batch = model.task.collate(prepared.test, np.arange(4))
-        step, found = Step(batch, (Mode.TRAIN,) * model.num_layers, rate_factor=0.0), set()
+        step, found = Step([batch], (Mode.TRAIN,) * model.num_layers, rate_factor=0.0), set()
         for seed in range(2):
             torch.manual_seed(seed)
             found.add(train(model.trainable(model.parameters), [step], settings).loss)

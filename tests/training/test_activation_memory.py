@@ -204,7 +204,7 @@ def peak(gates: Sequence[bool], checkpointing: bool, **settings: Any) -> int:
     on = Attached(case("lora", "bert"))
     config = replace(TRAINING, checkpointing=checkpointing, **settings)
     trainable = Trainable(on.model, on.blocks, on.groups, TASK)
-    return train(trainable, [Step(texts(), skipping(gates), 1.0)], config).activation_bytes_peak
+    return train(trainable, [Step([texts()], skipping(gates), 1.0)], config).activation_bytes_peak
 
 
 HIDDEN = 8 * 7 * 32 * FLOAT

@@ -55,7 +55,7 @@ def train_once(
     torch.manual_seed(11)
     outcome = train(
         Trainable(on.model, on.blocks, on.groups, TASK),
-        [Step(texts(), skipping(gates), 1.0) for gates in GATES],
+        [Step([texts()], skipping(gates), 1.0) for gates in GATES],
         replace(TRAINING, **rates, **settings),
     )
     values = {name: array.tobytes() for _, name, array in flatten(get_tensors(on.groups))}

@@ -114,7 +114,7 @@ def run(
     """Train one step per entry of ``gates``."""
     torch.manual_seed(2)
     steps = [
-        Step(batch, skipping(active), factor)
+        Step([batch], skipping(active), factor)
         for batch, active, factor in zip(BATCHES, gates, factors, strict=False)
     ]
     return train(on.trainable, steps, config, objective)
@@ -256,10 +256,10 @@ SOME: Gates = [
 def test_a_layer_that_runs_forward_only_is_not_changed_whatever_its_momentum() -> None:
     """The layers above it get the gradients of a model in which all layers are trained."""
     on, full = small_model(), small_model()
-    first = Step(BATCHES[0], skipping(ALL), 1.0)
+    first = Step([BATCHES[0]], skipping(ALL), 1.0)
     lower = (Mode.FORWARD, Mode.FORWARD, Mode.TRAIN, Mode.TRAIN)
-    outcome = train(on.trainable, [first, Step(BATCHES[1], lower, 1.0)], settings(clip_norm=1e6))
-    train(full.trainable, [first, Step(BATCHES[1], skipping(ALL), 1.0)], settings(clip_norm=1e6))
+    outcome = train(on.trainable, [first, Step([BATCHES[1]], lower, 1.0)], settings(clip_norm=1e6))
+    train(full.trainable, [first, Step([BATCHES[1]], skipping(ALL), 1.0)], settings(clip_norm=1e6))
     alone = small_model()
     train(alone.trainable, [first], settings(clip_norm=1e6))
     found, whole = get_tensors(on.parameters), get_tensors(full.parameters)
@@ -270,6 +270,22 @@ def test_a_layer_that_runs_forward_only_is_not_changed_whatever_its_momentum() -
     assert outcome.layer_tokens == (tokens[0], tokens[0], sum(tokens), sum(tokens))
     assert outcome.forward_tokens == (tokens[1], tokens[1], 0, 0)
     assert outcome.active_steps == (1, 1, 2, 2)
+
+
+def test_a_batch_in_parts_has_the_gradient_of_the_whole_batch() -> None:
+    """Parts of different sizes; the loss is the mean over all rows."""
+    whole, parts = small_model(), small_model()
+    batch = BATCHES[0]
+    split = [{name: column[rows] for name, column in batch.items()} for rows in (slice(3), slice(3, None))]
+    config = settings(clip_norm=1e6)
+    one = train(whole.trainable, [Step([batch], skipping(ALL), 1.0)], config)
+    two = train(parts.trainable, [Step(split, skipping(ALL), 1.0)], config)
+    assert two.loss == pytest.approx(one.loss, rel=1e-5)
+    assert two.importance == pytest.approx(one.importance, rel=1e-4)
+    assert (two.rows, two.tokens, two.targets) == (one.rows, one.tokens, one.targets)
+    assert two.activation_bytes_peak < one.activation_bytes_peak
+    for mine, theirs in zip(parts.trained, whole.trained, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
 
 
 def test_importance_is_the_mean_over_the_steps_in_which_a_layer_ran() -> None:
@@ -494,7 +510,7 @@ def test_the_initial_loss_scale_leaves_room_for_large_gradients() -> None:
                 value.copy_(torch.tensor([50.0, -50.0]))
     batch = {name: column[:1] for name, column in BATCHES[0].items()}
     batch["labels"] = torch.tensor([1])
-    outcome = train(on.trainable, [Step(batch, skipping(ALL), 1.0)], settings(precision="fp16"))
+    outcome = train(on.trainable, [Step([batch], skipping(ALL), 1.0)], settings(precision="fp16"))
     assert outcome.loss > 90
     assert outcome.examples == 1
 
@@ -502,7 +518,7 @@ def test_the_initial_loss_scale_leaves_room_for_large_gradients() -> None:
 def test_every_dropped_layer_saves_the_same_memory() -> None:
     def peak(*gates: Sequence[bool]) -> int:
         on = small_model()
-        steps = [Step(BATCHES[0], skipping(active), 1.0) for active in gates]
+        steps = [Step([BATCHES[0]], skipping(active), 1.0) for active in gates]
         return train(on.trainable, steps, settings()).activation_bytes_peak
 
     four, three, two = (

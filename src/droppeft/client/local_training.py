@@ -1,11 +1,13 @@
 """Local training of a client: its batches, modes of layers and cached layers. Ours."""
 
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import torch
 import transformers
 
@@ -54,6 +56,9 @@ def train_locally(
     batches = training_batches(
         rows.train, table, instruction.training.batch_size, instruction.budget, rng
     )
+    parts = [
+        _parts(rows, table, instruction.training.micro_batch_size) for rows in batches
+    ]
     modes = _drawn_modes(parameters, instruction, len(batches))
     needed = {
         layer
@@ -61,9 +66,10 @@ def train_locally(
         if any(mode is not Mode.SKIP for mode in in_steps)
     }
     start = time.perf_counter()
-    cached = (
-        _cached_layers(model, table, batches, instruction, needed) if instruction.frozen else None
-    )
+    cached = None
+    if instruction.frozen:
+        flat = list(itertools.chain.from_iterable(parts))
+        cached = _cached_layers(model, table, flat, instruction, needed)
     model.load_layers(needed)
     loading_s = time.perf_counter() - start
     with torch.random.fork_rng():
@@ -78,7 +84,7 @@ def train_locally(
         )
         outcome = train(
             model.trainable(parameters),
-            _steps(model, table, batches, modes, instruction),
+            _steps(model, table, parts, modes, instruction),
             instruction.training,
             instruction.objective,
             cached,
@@ -92,24 +98,32 @@ def train_locally(
     return outcome, cached.cost
 
 
+def _parts(rows: Rows, table: TokenRows, size: int | None) -> list[Rows]:
+    """Split the rows of a step into parts of some rows of similar length."""
+    if size is None or len(rows) <= size:
+        return [rows]
+    by_length = rows[np.argsort(table.lengths[rows], kind="stable")]
+    return [by_length[first : first + size] for first in range(0, len(rows), size)]
+
+
 def _steps(
     model: ClientModel,
     table: TokenRows,
-    batches: Sequence[Rows],
+    parts: Sequence[Sequence[Rows]],
     modes: Sequence[Modes],
     instruction: Instruction,
 ) -> list[Step]:
-    """Return batch, modes of layers and learning rate factor of every step."""
+    """Return batches, modes of layers and learning rate factor of every step."""
     return [
         Step(
-            model.task.collate(table, rows),
-            of_step,
+            [model.task.collate(table, rows) for rows in of_step],
+            of_layers,
             rate_factor(
                 instruction.training,
-                (instruction.round - 1 + (step + 0.5) / len(batches)) / instruction.training.rounds,
+                (instruction.round - 1 + (step + 0.5) / len(parts)) / instruction.training.rounds,
             ),
         )
-        for step, (rows, of_step) in enumerate(zip(batches, modes, strict=True))
+        for step, (of_step, of_layers) in enumerate(zip(parts, modes, strict=True))
     ]
 
 

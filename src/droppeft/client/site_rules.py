@@ -95,7 +95,8 @@ class SiteRules:
                 training.evaluation_batch_size, asked.rows, asked.max_length + asked.max_new_tokens
             )
         if not instruction.evaluate_only:
-            _check_memory(training.batch_size, len(rows.train), longest)
+            at_once = min(training.micro_batch_size or training.batch_size, training.batch_size)
+            _check_memory(at_once, len(rows.train), longest)
             self._check_budget(instruction, len(rows.train))
         return self._with_own_cache(instruction, model)
 
@@ -269,6 +270,7 @@ def _bounds(instruction: Instruction, layers: int) -> Iterator[_Bounds]:
 
 def _bounds_of_training(training: LocalTraining) -> Iterator[_Bounds]:
     yield "batch_size", training.batch_size, 1, 10**6
+    yield "micro_batch_size", training.micro_batch_size, 1, 10**6
     yield "evaluation_batch_size", training.evaluation_batch_size, 1, 10**6
     yield "rounds", training.rounds, 1, 10**9
     yield "learning_rate", training.learning_rate, 0, 1e3

@@ -22,6 +22,13 @@ class TrainingConfig(Table):
         None, ge=1, description="instead of local_steps: passes over the client's rows"
     )
     batch_size: Whole = Field(16, ge=1, description="rows per optimizer step")
+    micro_batch_size: Whole | None = Field(
+        None,
+        ge=1,
+        description="rows per forward and backward pass, of which a step takes as many as its "
+        "batch needs, adding up their gradients; smaller values take less memory (the whole batch "
+        "if not given)",
+    )
     learning_rate: Real = Field(
         1e-3, gt=0, description="AdamW's peak learning rate for the adapters"
     )
@@ -87,6 +94,11 @@ class TrainingConfig(Table):
         if self.local_steps is not None and self.local_epochs is not None:
             raise ValueError("give only one of training.local_steps and training.local_epochs")
         return self
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows of a forward and backward pass."""
+        return min(self.micro_batch_size or self.batch_size, self.batch_size)
 
     @property
     def computed_in(self) -> Precision:

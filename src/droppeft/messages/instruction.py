@@ -157,6 +157,8 @@ class LocalTraining:
 
     Attributes:
         batch_size: rows per optimizer step.
+        micro_batch_size: rows per forward and backward pass, whose gradients a step adds up;
+            ``None`` for the whole batch.
         learning_rate: AdamW's peak learning rate for the adapters.
         head_learning_rate: the same for the last linear layer of the head.
         loraplus_lr_ratio: the learning rate of LoRA's B, as a multiple of ``learning_rate`` (LoRA+,
@@ -174,6 +176,7 @@ class LocalTraining:
     """
 
     batch_size: int
+    micro_batch_size: int | None
     learning_rate: float
     head_learning_rate: float
     loraplus_lr_ratio: float

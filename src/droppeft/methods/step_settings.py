@@ -11,7 +11,8 @@ from droppeft.methods import method_named
 STEP_SETTINGS = (
     *("task", "model", "quantization", "accelerator", "threads", "seed"),
     *("adapter.", "backward.", "dropout.", "frozen.", "clock.custom."),
-    *("training.batch_size", "training.max_length", "training.precision"),
+    *("training.batch_size", "training.micro_batch_size", "training.max_length"),
+    "training.precision",
     *("training.checkpointing", "training.offload", "training.backbone_dropout"),
 )
 """Keys, or beginnings of keys, that change what a step costs or where it is measured."""

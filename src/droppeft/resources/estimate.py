@@ -280,12 +280,13 @@ def mean_flops(config: Config) -> float:
         starts=starts_of(config.backward.depths, layers, config.frozen.count),
         rates=_rates(config, layers),
     ).shares()
-    return counts.rest.flops + sum(
+    flops = counts.rest.flops + sum(
         trained * block.flops + forward * block.forward_flops
         for block, trained, forward in zip(
             counts.blocks, shares[Mode.TRAIN], shares[Mode.FORWARD], strict=True
         )
     )
+    return flops * config.training.batch_size / config.training.rows_at_once
 
 
 def _rates(config: Config, layers: int) -> tuple[float, ...]:
@@ -313,7 +314,7 @@ def counts_of(config: Config) -> StepCounts:
             training.precision,
             training.backbone_dropout,
         ),
-        training.batch_size,
+        training.rows_at_once,
         training.max_length,
         training.checkpointing,
     )

@@ -131,7 +131,8 @@ def longest_step(config: Config, backbone: Backbone) -> Callable[[AdapterSpec], 
             precision=training.precision,
             backbone_dropout=training.backbone_dropout,
         )
-        return count_step(model, training.batch_size, training.max_length, training.checkpointing)
+        rows = training.rows_at_once
+        return count_step(model, rows, training.max_length, training.checkpointing)
 
     return stored
 

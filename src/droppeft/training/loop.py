@@ -4,6 +4,7 @@ Training drops layers in every step (stochastic transformer layer dropout, arXiv
 Evaluation runs all layers. The loops are ours.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -130,12 +131,13 @@ class Step:
     """One optimizer step.
 
     Attributes:
-        batch: the batch.
+        batches: the rows of the step, in parts that are computed one after another and whose
+            gradients are added up; usually one.
         modes: what each of the L layers does.
         rate_factor: factor of the peak learning rates.
     """
 
-    batch: Batch
+    batches: Sequence[Batch]
     modes: Sequence[Mode]
     rate_factor: float
 
@@ -149,7 +151,7 @@ def train(
     anchors: Tensors | None = None,
     deadline: Deadline | None = None,
 ) -> TrainOutcome:
-    """Take one AdamW step per batch; a step does not change the layers that it does not train.
+    """Take the optimizer steps (AdamW); a step does not change the layers that it does not train.
 
     A layer that a step does not train has no gradient, not a gradient of 0, so that AdamW applies
     neither momentum nor weight decay to it. The optimizer and, in fp16, the loss scale are created
@@ -162,7 +164,7 @@ def train(
         steps: the steps, in order.
         settings: learning rates, precision and further settings.
         objective: what is added to the task's loss.
-        cached: replaces the frozen layers in every step. Their modes say whether their states are
+        cached: replaces the frozen layers in every part of a step. Their modes say whether their states are
             computed in every step (``FORWARD``) or read (``CACHED``).
         anchors: see :class:`~droppeft.training.objectives.Terms`.
         deadline: checked before every step.
@@ -180,13 +182,17 @@ def train(
         loop.checkpointing(),
         gated(on.blocks) as gates,
     ):
-        for index, step in enumerate(steps):
-            if deadline is not None:
-                deadline.check()
+        part = itertools.count()
+
+        def begin(step: Step, batch: Batch) -> None:
             gates.modes = step.modes
             if cached is not None:
-                cached.skip(gates, index, step.batch)
-            loop.take(step)
+                cached.skip(gates, next(part), batch)
+
+        for step in steps:
+            if deadline is not None:
+                deadline.check()
+            loop.take(step, begin)
     if on.task.device.type == "cuda":
         torch.cuda.synchronize()  # so that the time includes the work that is still queued
     return loop.totals.outcome(loop.meter.peak_bytes, time.perf_counter() - start)
@@ -218,12 +224,23 @@ class _Loop:
             return nullcontext()
         return checkpointed(self.on.model, self.on.blocks, self.meter.note)
 
-    def take(self, step: Step) -> None:
-        """Run forward, backward, the method's added terms, clipping, and the optimizer step."""
+    def take(self, step: Step, begin: Callable[[Step, Batch], None]) -> None:
+        """Run forward, backward, the method's added terms, clipping, and the optimizer step.
+
+        Args:
+            begin: called before each forward.
+        """
         on, trained = self.on, self.on.values
-        with autocast(self.settings.precision, on.task.device), self.meter.measuring():
-            loss = on.task.loss(on.model, step.batch)
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        targets = sum(map(on.task.targets, step.batches))
+        losses = []
+        for batch in step.batches:
+            begin(step, batch)
+            with autocast(self.settings.precision, on.task.device), self.meter.measuring():
+                loss = on.task.loss(on.model, batch)
+            if len(step.batches) > 1:
+                loss = loss * (on.task.targets(batch) / targets)
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            losses.append(loss.detach())
         self.scaler.unscale_(self.optimizer)
         norms = self.gradients.norms()
         self.terms.add_gradients()
@@ -231,7 +248,7 @@ class _Loop:
         clip_grads_with_norm_(trained, self.settings.clip_norm, total_norm(trained))
         stepped = optimizer_step(self.optimizer, self.scaler)
         self.optimizer.zero_grad(set_to_none=True)
-        self.totals.note(step, on.task.targets(step.batch), loss, norms, stepped)
+        self.totals.note(step, targets, torch.stack(losses).sum(), norms, stepped)
 
 
 def evaluate(
@@ -342,17 +359,18 @@ class _Totals:
             np.array([mode is wanted for mode in step.modes], dtype=np.int64)
             for wanted in (Mode.TRAIN, Mode.FORWARD)
         )
-        batch, tokens = step.batch, step.batch["input_ids"].numel()
+        rows = sum(map(rows_of, step.batches))
+        tokens = sum(batch["input_ids"].numel() for batch in step.batches)
         self.steps += 1
-        self.rows += rows_of(batch)
+        self.rows += rows
         self.tokens += tokens
         self.layer_tokens += tokens * trained
         self.forward_tokens += tokens * forward
         if stepped:
-            self.losses.append(loss.detach())
+            self.losses.append(loss)
             self.gradients.note(norms)
             self.active += trained
-            self.examples += rows_of(batch)
+            self.examples += rows
             self.targets += targets
 
     def outcome(self, peak_bytes: int, wall_s: float) -> TrainOutcome:
