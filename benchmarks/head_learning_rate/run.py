@@ -66,7 +66,9 @@ def accuracies(data: TextData, seed: int, rates: tuple[float, float], pooler: bo
     found = []
     for start, stop in zip((0, *STEPS), STEPS, strict=False):
         every = (Mode.TRAIN,) * len(blocks)
-        steps = [Step([task.collate(train_table, chosen)], every, 1.0) for chosen in rows[start:stop]]
+        steps = [
+            Step([task.collate(train_table, chosen)], every, 1.0) for chosen in rows[start:stop]
+        ]
         train(Trainable(model, blocks, parameters, task), steps, settings)
         everything = np.arange(len(test_table))
         found.append(evaluate(model, test_table, everything, task, 64).metrics["accuracy"])

@@ -24,7 +24,9 @@ def test_no_layer_is_trained_below_one_that_runs_forward_only(
 ) -> None:
     layers = above + frozen
     rates = (0.0,) * frozen + (0.3,) * above
-    modes = LayerModes(layers, frozen, cached, starts_of(depths, layers, frozen), rates, "bernoulli")
+    modes = LayerModes(
+        layers, frozen, cached, starts_of(depths, layers, frozen), rates, "bernoulli"
+    )
     drawn = modes.draw(random.Random(seed), random.Random(seed + 1))
     first = Mode.CACHED if cached else Mode.FORWARD
     assert drawn[:frozen] == (first,) * frozen

@@ -276,7 +276,10 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole_batch() -> None:
     """Parts of different sizes; the loss is the mean over all rows."""
     whole, parts = small_model(), small_model()
     batch = BATCHES[0]
-    split = [{name: column[rows] for name, column in batch.items()} for rows in (slice(3), slice(3, None))]
+    split = [
+        {name: column[rows] for name, column in batch.items()}
+        for rows in (slice(3), slice(3, None))
+    ]
     config = settings(clip_norm=1e6)
     one = train(whole.trainable, [Step([batch], skipping(ALL), 1.0)], config)
     two = train(parts.trainable, [Step(split, skipping(ALL), 1.0)], config)

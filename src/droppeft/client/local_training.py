@@ -56,9 +56,7 @@ def train_locally(
     batches = training_batches(
         rows.train, table, instruction.training.batch_size, instruction.budget, rng
     )
-    parts = [
-        _parts(rows, table, instruction.training.micro_batch_size) for rows in batches
-    ]
+    parts = [_parts(rows, table, instruction.training.micro_batch_size) for rows in batches]
     modes = _drawn_modes(parameters, instruction, len(batches))
     needed = {
         layer

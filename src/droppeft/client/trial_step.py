@@ -31,7 +31,7 @@ def try_one_step(
     model.attach(spec)
     model.load_layers()
     batch = model.task.collate(table, np.arange(min(2, len(table))))
-    step = Step(batch, (Mode.TRAIN,) * model.num_layers, rate_factor=0.0)
+    step = Step([batch], (Mode.TRAIN,) * model.num_layers, rate_factor=0.0)
     try:
         with torch.random.fork_rng():
             train(model.trainable(model.parameters), [step], settings)

@@ -1,9 +1,9 @@
 """The configuration of a run: its tables, and functions that read and write them."""
 
 from droppeft.config.adapter import AdapterConfig
+from droppeft.config.backward import BackwardConfig
 from droppeft.config.clock import Bandwidth, ClockConfig, DeviceProfile
 from droppeft.config.configurator import ConfiguratorConfig
-from droppeft.config.backward import BackwardConfig
 from droppeft.config.dropout import DropoutConfig
 from droppeft.config.evaluation import EvaluationConfig
 from droppeft.config.flower import FlowerConfig
@@ -33,12 +33,12 @@ from droppeft.config.training import TrainingConfig
 
 __all__ = [
     "AdapterConfig",
+    "BackwardConfig",
     "Bandwidth",
     "ClockConfig",
     "Config",
     "ConfiguratorConfig",
     "DeviceProfile",
-    "BackwardConfig",
     "DropoutConfig",
     "EvaluationConfig",
     "FlowerConfig",

@@ -1,4 +1,4 @@
-"""Adaptive: each client trains the layers, in as many steps, as help the model most in its time. Ours.
+"""Adaptive: each client trains what helps the model most in the time that it has. Ours.
 
 No layer is dropped and all layers are shared. What differs between clients is how deep the backward
 pass of their steps reaches (always the whole depth, a depth that changes from step to step, or the

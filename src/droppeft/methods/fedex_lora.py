@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from droppeft.adapters.tensor_names import LORA_A, LORA_B
 from droppeft.federated_method import Method, Setup
 from droppeft.messages.instruction import Instruction
 from droppeft.messages.reply import Reply, Update
@@ -18,7 +19,7 @@ from droppeft.messages.tensors import flatten
 from droppeft.methods.fedlora import FEDLORA
 from droppeft.methods.plain_lora import check_exact_weights, scale_of, with_added
 from droppeft.sharing.aggregation import Wide, average_over_senders, by_targets
-from droppeft.sharing.factors import A, B, mean_products
+from droppeft.sharing.factors import mean_products
 
 
 def _merge(
@@ -33,7 +34,7 @@ def _merge(
 
     def residual(a: str, mean: Wide) -> Wide:
         """Mean of the products less the product of the averaged factors that clients get."""
-        up, down = averaged[a.replace(A, B)], averaged[a]
+        up, down = averaged[a.replace(LORA_A, LORA_B)], averaged[a]
         return mean - up.astype(np.float64) @ down.astype(np.float64)
 
     means = mean_products(model.tensors, updates, by_targets)

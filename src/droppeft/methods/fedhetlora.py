@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from droppeft import seeds
+from droppeft.adapters.tensor_names import LORA_A, LORA_B
 from droppeft.config import Config
 from droppeft.errors import DroppeftError
 from droppeft.federated_method import (
@@ -35,7 +36,7 @@ from droppeft.messages.reply import Reply, Update
 from droppeft.messages.server_state import GlobalModel, ServerState
 from droppeft.messages.tensors import Array, LayerKey, Tensors
 from droppeft.sharing.aggregation import average_over_senders, by_targets
-from droppeft.sharing.factors import A, B, pairs_of
+from droppeft.sharing.factors import pairs_of
 from droppeft.sharing.merge_rules import COORDINATE_RULES
 
 LEAST_PART = 1 / 4
@@ -66,7 +67,7 @@ def resized(tensors: Tensors, rank: int) -> Tensors:
 
 
 def _resized(name: str, value: Array, rank: int) -> Array:
-    axis = 0 if A in name else 1 if B in name else None  # A is (r, in), B is (out, r)
+    axis = 0 if LORA_A in name else 1 if LORA_B in name else None  # A is (r, in), B is (out, r)
     if axis is None:
         return value
     shape = list(value.shape)

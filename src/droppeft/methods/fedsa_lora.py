@@ -7,6 +7,7 @@ is evaluated on its own test rows. A client that has never trained has B = 0.
 from collections.abc import Sequence
 from dataclasses import replace
 
+from droppeft.adapters.tensor_names import LORA_B
 from droppeft.federated_method import (
     Method,
     Setup,
@@ -21,7 +22,6 @@ from droppeft.messages.instruction import Instruction
 from droppeft.messages.reply import Reply
 from droppeft.messages.server_state import ServerState
 from droppeft.messages.tensors import flatten, restrict
-from droppeft.sharing.factors import B
 from droppeft.sharing.participation import (
     ParticipationMemory,
     last_participation,
@@ -36,7 +36,7 @@ def _init(setup: Setup) -> ServerState:
 def _for_client(setup: Setup, state: ServerState, round: int, client: int) -> Instruction:
     instruction = full_instruction(setup, state, round, client)
     last = last_participation(state, client)
-    shared = frozenset(name for _, name, _ in flatten(instruction.tensors) if B not in name)
+    shared = frozenset(name for _, name, _ in flatten(instruction.tensors) if LORA_B not in name)
     if last is None:
         return replace(instruction, share=shared)
     return replace(

@@ -6,6 +6,7 @@ averaging is exact. A is not sent, since clients compute it from the seed.
 
 from dataclasses import replace
 
+from droppeft.adapters.tensor_names import LORA_A
 from droppeft.federated_method import (
     Method,
     Setup,
@@ -19,20 +20,19 @@ from droppeft.messages.instruction import Instruction
 from droppeft.messages.server_state import ServerState
 from droppeft.messages.tensors import flatten, restrict
 from droppeft.methods.fedlora import FEDLORA
-from droppeft.sharing.factors import A
 
 
 def _for_client(setup: Setup, state: ServerState, round: int, client: int) -> Instruction:
     """The full instruction without A, which the client computes from the seed."""
     instruction = full_instruction(setup, state, round, client)
-    names = frozenset(name for _, name, _ in flatten(instruction.tensors) if A not in name)
+    names = frozenset(name for _, name, _ in flatten(instruction.tensors) if LORA_A not in name)
     return replace(
         instruction, tensors=restrict(instruction.tensors, names), train=names, share=names
     )
 
 
 def _sent(state: ServerState) -> frozenset[str]:
-    return frozenset(name for name in all_tensors(state) if A not in name)
+    return frozenset(name for name in all_tensors(state) if LORA_A not in name)
 
 
 FFA_LORA = Method(

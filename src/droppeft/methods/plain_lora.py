@@ -5,13 +5,12 @@ from hashlib import sha256
 
 import numpy as np
 
-from droppeft.adapters.tensor_names import backbone_name
+from droppeft.adapters.tensor_names import LORA_A, backbone_name
 from droppeft.config import Config
 from droppeft.errors import DroppeftError
 from droppeft.messages.instruction import BaseDelta
 from droppeft.messages.tensors import Array
 from droppeft.sharing.aggregation import Wide
-from droppeft.sharing.factors import A
 
 
 def check_exact_weights(config: Config) -> None:
@@ -54,7 +53,7 @@ def with_added(
     before = dict(delta.tensors) if delta else {}
     after: dict[str, Array] = {}
     for a, product in products:
-        name = backbone_name(a.partition(A)[0] + ".weight")
+        name = backbone_name(a.partition(LORA_A)[0] + ".weight")
         total = scale * product + np.asarray(before.get(name, 0.0), np.float64)
         after[name] = total.astype(np.float32)
     if not after:

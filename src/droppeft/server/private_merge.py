@@ -26,7 +26,7 @@ DRAWS = 4
 """Draws whose sum is one value of noise, so that it cannot be read off how floating-point numbers
 are spaced (arXiv:2107.10138)."""
 
-NO_COST = MeasuredCost(0.0, 0.0, 0.0, 0, 0, 0, (), 0)
+NO_COST = MeasuredCost(0.0, 0.0, 0.0, 0, 0, 0, (), (), 0)
 
 
 def draw_privately(config: Config) -> list[int]:

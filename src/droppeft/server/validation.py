@@ -197,7 +197,8 @@ def _wrong_names(instruction: Instruction, update: Update, layout: Layout) -> st
     expected = {
         (key, name)
         for name, (key, _) in layout.items()
-        if name in instruction.share and (key in (HEAD, OTHER) or _trained_and_shared(update, int(key)))
+        if name in instruction.share
+        and (key in (HEAD, OTHER) or _trained_and_shared(update, int(key)))
     }
     for _, name in sorted(sent - expected, key=str):
         return f"sends {name}, which it may not send or did not train"

@@ -10,19 +10,17 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from droppeft.adapters.tensor_names import LORA_A as A
-from droppeft.adapters.tensor_names import LORA_B as B
+from droppeft.adapters.tensor_names import LORA_A, LORA_B
 from droppeft.messages.reply import Update
 from droppeft.messages.tensors import Array, LayerKey, Tensors, flatten
 from droppeft.sharing.aggregation import Weight, Wide, average_over_senders
 
 
-
 def pairs_of(tensors: Tensors) -> Iterator[tuple[LayerKey, str, str]]:
     """Yield (layer, name of A, name of B) of every LoRA that has both."""
     for key, a, _ in flatten(tensors):
-        if A in a and a.replace(A, B) in tensors[key]:
-            yield key, a, a.replace(A, B)
+        if LORA_A in a and a.replace(LORA_A, LORA_B) in tensors[key]:
+            yield key, a, a.replace(LORA_A, LORA_B)
 
 
 def average_products(current: Tensors, updates: Sequence[Update], weight: Weight) -> Tensors:
