@@ -41,7 +41,7 @@ from droppeft.server.prepare import Prepared, prepare
 from droppeft.tasks.task import model_inputs
 from droppeft.training.loop import evaluate
 
-NAME, ROUNDS, STEPS = "recipe", 8, 10
+NAME, ROUNDS, STEPS = "recipe", 6, 10
 COMMON = (
     *("method=fedlora", "clients=1", "cohort_size=1", "partition.kind=iid", f"rounds={ROUNDS}"),
     *(f"training.local_steps={STEPS}", "threads=1", "accelerator=cpu", "training.precision=bf16"),
@@ -50,12 +50,12 @@ COMMON = (
 MODELS = {
     "smollm2": (
         *("task=causal_lm", "model=smollm2", "data=e2e_nlg", "source.train=validation"),
-        *("source.test=test", "source.max_train_rows=640", "source.max_test_rows=96"),
-        *("evaluation.rows=96", "training.batch_size=6", "training.max_length=128"),
+        *("source.test=test", "source.max_train_rows=480", "source.max_test_rows=64"),
+        *("evaluation.rows=64", "training.batch_size=6", "training.max_length=128"),
     ),
     "mpnet": (
-        *("model=mpnet", "data=ag_news", "source.max_train_rows=1600", "evaluation.rows=600"),
-        *("source.max_test_rows=600", "training.batch_size=16", "training.max_length=64"),
+        *("model=mpnet", "data=ag_news", "source.max_train_rows=1200", "evaluation.rows=300"),
+        *("source.max_test_rows=300", "training.batch_size=16", "training.max_length=64"),
     ),
 }
 EVA_BATCHES = 16
@@ -151,7 +151,7 @@ def train(name: str, cell: Cell, seed: int) -> Iterator[dict[str, Any]]:
         state = prepared.method.merge(prepared.setup, state, instructions, replies)
         if round % 2 == 0:
             found = _quality(prepared, client.model, state)
-            yield {**columns, "steps": round * STEPS, **found, "train_loss": replies[0].loss}
+            yield {**columns, "steps": round * STEPS, **found, "train_loss": replies[0].train_loss}
 
 
 def _quality(prepared: Prepared, model: ClientModel, state: ServerState) -> dict[str, float]:
@@ -172,7 +172,8 @@ def main() -> None:
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--cells", type=int, nargs="*", default=range(len(CELLS)))
     chosen = parser.parse_args()
-    write_values(NAME, {**about(NAME), "rounds": ROUNDS, "steps": STEPS, "settings": settings()})
+    if chosen.cells == range(len(CELLS)):
+        write_values(NAME, {**about(NAME), "rounds": ROUNDS, "steps": STEPS, "settings": settings()})
     seeds = [int(seed) for seed in chosen.seeds.split(",")]
     for name, seed, number in itertools.product(chosen.models.split(","), seeds, chosen.cells):
         cell = CELLS[number]

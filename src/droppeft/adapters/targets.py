@@ -24,6 +24,9 @@ from droppeft.messages.instruction import AdapterSpec
 _SAME_MODULES = {"xlm-roberta": "roberta"}
 
 
+OWN_DEFAULTS = {"mpnet": ["q", "v"]}
+"""Targets of architectures for which peft has no default: the same maps as those of BERT."""
+
 def layer_fields(model: Any, name: str, spec: AdapterSpec, blocks_path: str) -> dict[str, Any]:
     """Return the fields of peft's configuration that depend on the layers.
 
@@ -105,7 +108,11 @@ def _wanted(
         else PEFT_TYPE_TO_TUNER_MAPPING[PeftType(name.upper())].target_module_mapping
     )
     lora_defaults = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-    found = _of_type(defaults, model) or _of_type(lora_defaults, model)
+    found = (
+        _of_type(defaults, model)
+        or _of_type(lora_defaults, model)
+        or OWN_DEFAULTS.get(model.config.model_type)
+    )
     if found is None:
         raise DroppeftError(
             f"peft has no default targets for {model.config.model_type!r}; "
