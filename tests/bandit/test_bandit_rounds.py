@@ -482,8 +482,9 @@ def test_an_untrained_layer_costs_its_forward_pass() -> None:
     config = resolve(load_config(None, ["clients=1", "cohort_size=1"]), cuda=False)
     clock = config.clock.model_copy(update={"profiles": ("laptop_cpu",)})
     fleet = make_fleet(clock, 1, 0)
-    update = update_for(instruction, active_steps=(2, 2, 2, 2))
-    update = replace(update, cost=replace(update.cost, layer_tokens=(64,) * 4))
+    update = update_for(instruction, active_steps=(0, 0, 2, 2))
+    tokens = {"layer_tokens": (0, 0, 64, 64), "forward_tokens": (64, 64, 0, 0)}
+    update = replace(update, cost=replace(update.cost, **tokens))
     charged = make_clock(fleet, lambda spec: ARITHMETIC).client_cost(instruction, update).train_s
     flops = 64 * (2 * FORWARD + 2 * (FORWARD + BACKWARD) + 2 * REST)
     profile = PROFILES["laptop_cpu"]

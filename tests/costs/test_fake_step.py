@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,11 +21,13 @@ from droppeft.adapters.by_layer import count_parameters, trainable_by_layer
 from droppeft.adapters.training_mode import set_training_mode
 from droppeft.config import AdapterConfig
 from droppeft.costs.fake_step import FakeModel, count_step
+from droppeft.costs.modelled_clock import Arithmetic, training_flops
 from droppeft.costs.operation_counter import OperationCounter
 from droppeft.costs.step_counts import StepCounts
 from droppeft.errors import DroppeftError
 from droppeft.federated_method import adapter_spec
-from droppeft.layer_dropout import find_blocks, gated
+from droppeft.layer_dropout import Mode, find_blocks, gated
+from droppeft.layer_dropout.modes import Modes
 from droppeft.messages.instruction import AdapterSpec
 from droppeft.models.key_value_cache import without_cache
 from droppeft.models.loading import LAST_MODULES
@@ -34,7 +37,7 @@ from droppeft.tasks.registry import task_named
 from droppeft.training.activation_memory import ActivationMeter
 from droppeft.training.checkpointing import Call, checkpointed
 from droppeft.training.loop import computing_in
-from handmade import step_flops, step_stored_bytes
+from handmade import COST, step_flops, step_stored_bytes
 from tiny import FAMILIES
 
 LAYERS, ROWS, LENGTH = 4, 3, 9
@@ -117,19 +120,25 @@ def patterns(layers: int = LAYERS, frozen: int = 0) -> Iterator[tuple[bool, ...]
 
 @contextmanager
 def stepping(
-    model: nn.Module, active: Sequence[bool], precision: str = "fp32", checkpointing: Any = None
+    model: nn.Module,
+    active: Sequence[bool] | Modes,
+    precision: str = "fp32",
+    checkpointing: Any = None,
 ) -> Iterator[None]:
     _, blocks = find_blocks(model)
     recomputing = checkpointed(model, blocks, checkpointing) if checkpointing else nullcontext()
     half = computing_in(precision, model, torch.device("cpu"))
     with without_cache(model), half, recomputing, gated(blocks) as gates:
-        gates.active = active
+        if isinstance(active[0], Mode):
+            gates.modes = active
+        else:
+            gates.active = active
         yield
     model.zero_grad()
 
 
 def measured(
-    fake: FakeModel, model: nn.Module, active: Sequence[bool], precision: str = "fp32"
+    fake: FakeModel, model: nn.Module, active: Sequence[bool] | Modes, precision: str = "fp32"
 ) -> tuple[int, int]:
     """FLOPs and stored bytes of a real step."""
     meter, flops = ActivationMeter(model), FlopCounterMode(display=False, custom_mapping=ON_CPU)
@@ -174,6 +183,31 @@ def test_a_real_step_has_the_counted_costs(
         if family != "mixtral":  # torch has no formula for experts
             assert flops == step_flops(counts, active), active
         assert stored == step_stored_bytes(counts, active), active
+
+
+@pytest.mark.sample("bert-fp32", "llama-bf16")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_a_truncated_step_has_the_modelled_costs(family: str, precision: str) -> None:
+    """Layers that run forward only have no backward, and nothing of them is stored."""
+    fake = FakeModel(config_of(family), TASK, spec_of(), precision=precision)
+    model = real(config_of(family), spec_of(), precision=precision)
+    counts, tokens = count_step(fake, ROWS, LENGTH), ROWS * LENGTH
+    bytes_at = []
+    for start in range(LAYERS):
+        modes = (Mode.FORWARD,) * start + (Mode.TRAIN,) * (LAYERS - start)
+        flops, stored = measured(fake, model, modes, precision)
+        cost = replace(
+            COST,
+            rows=ROWS,
+            tokens=tokens,
+            layer_tokens=tuple(tokens * (mode is Mode.TRAIN) for mode in modes),
+            forward_tokens=tuple(tokens * (mode is Mode.FORWARD) for mode in modes),
+        )
+        assert training_flops(Arithmetic((counts,)), cost) == pytest.approx(flops, rel=1e-9)
+        assert stored == step_stored_bytes(counts, [mode is Mode.TRAIN for mode in modes])
+        bytes_at.append(stored)
+    assert bytes_at == sorted(set(bytes_at), reverse=True)
 
 
 CAUSAL = [

@@ -86,13 +86,21 @@ def test_scoring_layers_costs_the_forwards_that_it_takes() -> None:
 
 
 def test_frozen_layers_run_forward_only_and_for_new_rows_only() -> None:
-    # The tokens that are reported for frozen layers are not used.
-    cached = replace(COST, layer_tokens=(64, 0, 32, 64))
+    cached = replace(COST, layer_tokens=(0, 0, 32, 64))
     built = replace(cached, cached_layers=CachedLayersCost(hits=4, built=4, built_tokens=20))
     trained = 64 * 2 * REST + 96 * (FORWARD + BACKWARD)
     assert training_flops(ARITHMETIC, cached, frozen=2) == pytest.approx(trained)
     first = trained + 20 * 2 * FORWARD
     assert training_flops(ARITHMETIC, built, frozen=2) == pytest.approx(first)
+    computed = replace(cached, forward_tokens=(64, 64, 0, 0))
+    every_step = trained + 64 * 2 * FORWARD
+    assert training_flops(ARITHMETIC, computed, frozen=2) == pytest.approx(every_step)
+
+
+def test_a_layer_costs_its_forward_where_it_is_not_trained() -> None:
+    cost = replace(COST, layer_tokens=(16, 32, 64, 64), forward_tokens=(48, 32, 0, 0))
+    work = 64 * 2 * REST + 176 * (FORWARD + BACKWARD) + 80 * FORWARD
+    assert training_flops(ARITHMETIC, cost) == pytest.approx(work)
 
 
 def test_a_local_training_that_ran_no_layer_has_no_negative_cost() -> None:

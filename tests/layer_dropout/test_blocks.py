@@ -4,7 +4,7 @@ import copy
 import io
 import pickle
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from refusals import refused
 
 Batch = dict[str, torch.Tensor]
 LAYERS = 4
+LOWER_HALF = (Mode.FORWARD, Mode.FORWARD, Mode.TRAIN, Mode.TRAIN)
 
 
 def step(model: nn.Module, batch: Batch, seed: int = 3) -> tuple[torch.Tensor, list[Any]]:
@@ -89,38 +90,72 @@ def test_blocks_that_run_forward_only_change_nothing_above_them(
     _, blocks = find_blocks(model)
     logits, gradients = step(model, batch)
     with gated(blocks) as gates:
-        gates.modes = (Mode.FORWARD, Mode.FORWARD, Mode.TRAIN, Mode.TRAIN)
-        found, below = step(model, batch)
-        assert gates.executed == (1,) * LAYERS
-        assert gates.active == (True,) * LAYERS
+        gates.modes = LOWER_HALF
+        found, now = step(model, batch)
+        assert (gates.executed, gates.active) == ((1,) * LAYERS, (True,) * LAYERS)
     assert torch.equal(found, logits)
-    lower = {value for block in blocks[:2] for value in block.parameters()}
-    upper = {value for block in blocks[2:] for value in block.parameters()}
-    for value, full, now in zip(model.parameters(), gradients, below, strict=True):
+    assert_upper_half(model, blocks, gradients, now)
+
+
+def assert_upper_half(
+    model: nn.Module, blocks: Sequence[nn.Module], full: list[Any], found: list[Any]
+) -> None:
+    """The two upper blocks have the gradients of the plain model, and the lower ones have none."""
+    lower, upper = ({v for b in part for v in b.parameters()} for part in (blocks[:2], blocks[2:]))
+    for value, expected, gradient in zip(model.parameters(), full, found, strict=True):
         if value in upper:
-            assert torch.equal(now, full) if full is not None else now is None
-        assert value not in lower or now is None
+            assert_same((torch.zeros(1), [gradient]), (torch.zeros(1), [expected]))
+        assert value not in lower or gradient is None
 
 
-def test_forward_only_blocks_store_nothing(model: PreTrainedModel, batch: Batch) -> None:
-    """Also if they are checkpointed; and a changed mode does not affect a backward."""
-    model.train()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_checkpointed_blocks_that_run_forward_only(
+    build: Callable[..., PreTrainedModel], batch: Batch, name: str, reentrant: bool
+) -> None:
+    """A reentrant checkpoint has gradients only if its input requires one. Neither the modes of a
+    later forward nor those after it affect a backward."""
+    model = build(name).train()
     _, blocks = find_blocks(model)
-    logits, gradients = step(model, batch)
+    _, full = step(model, batch)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
     with gated(blocks) as gates:
-        gates.modes = (Mode.FORWARD, Mode.FORWARD, Mode.TRAIN, Mode.TRAIN)
+        gates.modes = LOWER_HALF
         torch.manual_seed(3)
         model.zero_grad()
-        output = model(**batch)
+        loss = model(**batch).loss
         gates.modes = (Mode.TRAIN,) * LAYERS
-        output.loss.backward()
+        loss.backward()
         assert gates.executed == (1,) * LAYERS
-    assert torch.equal(output.logits.detach(), logits)
-    upper = {value for block in blocks[2:] for value in block.parameters()}
-    for value, full in zip(model.parameters(), gradients, strict=True):
-        if value in upper and full is not None:
-            assert torch.equal(value.grad, full)
+    assert_upper_half(model, blocks, full, [value.grad for value in model.parameters()])
+
+
+def test_a_shared_weight_has_a_gradient_under_autocast(
+    build: Callable[..., PreTrainedModel], batch: Batch
+) -> None:
+    """Autocast may not reuse the copy that a block has cast which runs forward only."""
+    model = build("llama").train()
+    _, blocks = find_blocks(model)
+    shared = blocks[3].mlp.down_proj.weight = blocks[0].mlp.down_proj.weight
+    with gated(blocks) as gates:
+        gates.modes = LOWER_HALF
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**batch).loss
+        loss.backward()
+    assert shared.grad is not None
+
+
+def test_a_block_below_one_that_runs_forward_only_cannot_be_trained(
+    build: Callable[..., PreTrainedModel],
+) -> None:
+    with gated(find_blocks(build("bert"))[1]) as gates:
+        with refused("block 1 cannot be trained below block 2, which runs forward only"):
+            gates.modes = (Mode.SKIP, Mode.TRAIN, Mode.FORWARD, Mode.TRAIN)
+        with refused("3 gates were set for 4 blocks"):
+            gates.modes = (Mode.TRAIN,) * 3
+        assert gates.modes == (Mode.TRAIN,) * LAYERS
 
 
 def test_dropping_blocks_equals_a_model_without_them(

@@ -140,7 +140,35 @@ def test_the_mean_depth_is_logged(tmp_path: Path) -> None:
     pairs = [(a + b) / 2 for a, b in zip(depths[::2], depths[1::2], strict=True)]
     history = trainer.state.log_history
     assert [row["active_layers"] for row in history if "loss" in row] == pairs
+    assert [row["trained_layers"] for row in history if "loss" in row] == pairs
     assert sum("active_layers" in row for row in history) == 3
+
+
+def test_truncated_steps_change_only_what_they_train(tmp_path: Path) -> None:
+    """With reentrant checkpoints, which the Trainer makes the inputs require a gradient for."""
+    callback = LayerDropoutCallback(backward_depths=(1, 0.5))
+    recorder = StepRecorder(callback)
+    model = lora_model()
+    model.enable_input_require_grads()
+    trainer = make(
+        tmp_path,
+        model,
+        callback,
+        recorder,
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": True},
+        max_steps=8,
+    )
+    trainer.train()
+    assert recorder.gates == [(True,) * LAYERS] * 8
+    depths = [sum(layers) for layers in recorder.moved]
+    assert set(depths) == {3, 6}
+    assert all(
+        layers[-depth:] == (True,) * depth
+        for layers, depth in zip(recorder.moved, depths, strict=True)
+    )
+    logged = [row["trained_layers"] for row in trainer.state.log_history if "loss" in row]
+    assert logged == depths
 
 
 def test_a_resumed_run_equals_an_uninterrupted_run(tmp_path: Path) -> None:

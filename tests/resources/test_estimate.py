@@ -29,6 +29,7 @@ from droppeft.resources.estimate import (
     option,
     parse_bytes,
 )
+from refusals import refused
 from tiny import save_tiny_model
 
 ONE = ("training.batch_size=2", "training.max_length=8", "frozen.layers=0", "quantization=none")
@@ -204,6 +205,29 @@ def test_mean_work_is_in_proportion_to_the_rate(tiny: str) -> None:
     )
 
 
+def test_a_truncated_backward_costs_less(tiny: str) -> None:
+    full, half, mixed = (
+        one_option(tiny, "dropout.mean=0", f"backward.depths={depths}")
+        for depths in ("[1]", "[0.5]", "[1, 0.5]")
+    )
+    assert (full.active, half.active, mixed.active) == (6, 3, 6)
+    assert half.memory.total < full.memory.total == mixed.memory.total
+    assert half.memory.weights == full.memory.weights  # all layers run
+    flops = [mean_flops(one.config) for one in (full, half, mixed)]
+    assert flops[1] < flops[2] == pytest.approx((flops[0] + flops[1]) / 2)
+    frozen = one_option(
+        tiny, "dropout.mean=0", "frozen.layers=3", "frozen.cache=false", "backward.depths=[1]"
+    )
+    assert mean_flops(frozen.config) == pytest.approx(flops[1])
+    assert frozen.memory.stored == half.memory.stored
+
+
+@pytest.mark.parametrize("adapter", ["prompt_tuning", "prefix_tuning"])
+def test_a_truncated_backward_needs_an_adapter_inside_layers(tiny: str, adapter: str) -> None:
+    with refused(f"backward.depths below 1 need an adapter inside layers, but {adapter} is not"):
+        one_option(tiny, "dropout.mean=0", f"adapter.type={adapter}", "backward.depths=[1, 0.5]")
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -211,6 +235,7 @@ def test_mean_work_is_in_proportion_to_the_rate(tiny: str) -> None:
         ["dropout.every=round", "training.offload=true", "adapter.rank=4", "threads=3"],
         ["adapter.type=oft", "adapter.options.oft_block_size=16"],
         ["dropout.protect_first=0", "seed=3"],
+        ["backward.depths=[1, 0.5]", "dropout.mean=0"],
     ],
 )
 def test_the_overrides_of_an_option_reproduce_it(tiny: str, overrides: list[str]) -> None:

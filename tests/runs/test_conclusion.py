@@ -20,7 +20,7 @@ RESULT: dict[str, Any] = {
         "frozen": {"layers": 2},
     },
     "num_layers": 6,
-    "mean_active_layers": 4.0,
+    "mean_skipped_layers": 0.0,
     "tfidf_accuracy": 0.6,
     "delivered_round": 6,
     "clients_have_own_models": False,
@@ -226,7 +226,7 @@ def test_another_round_than_the_last_is_named() -> None:
 
 
 def test_heavy_dropping_is_named_where_little_was_learnt() -> None:
-    dropped = {"mean_active_layers": 2.0, "best_accuracy": 0.13}
+    dropped = {"mean_skipped_layers": 2.0, "best_accuracy": 0.13}
     assert "2.0 of 4 layers were dropped" in text(0.13, global_accuracy=0.13, **dropped)
     assert "were dropped" not in text(0.13, global_accuracy=0.13)
     assert "were dropped" not in text(0.7, **{**dropped, "best_accuracy": 0.7})

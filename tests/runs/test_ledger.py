@@ -42,6 +42,8 @@ def row(round: int, accuracy: float | None, **changes: Any) -> RoundRow:
         validation_loss=None,
         train_loss=1.0 / round,
         mean_active_layers=3.0,
+        mean_forward_layers=0.5,
+        mean_skipped_layers=0.5,
         activation_bytes_peak=100,
         upload_bytes=10,
         download_bytes=20,
@@ -95,7 +97,7 @@ def test_a_target_is_reached_by_a_mean_of_three(
 def test_a_summary_adds_up() -> None:
     rows = [
         row(1, 0.5, activation_bytes_peak=300),
-        row(2, None, mean_active_layers=None),
+        row(2, None, mean_active_layers=None, mean_forward_layers=None, mean_skipped_layers=None),
         row(3, 0.75, mean_active_layers=2.0),
         row(4, 0.7),
     ]
@@ -108,6 +110,8 @@ def test_a_summary_adds_up() -> None:
         "best_round": 3,
         "train_loss": 0.25,
         "mean_active_layers": pytest.approx((3 + 2 + 3) / 3),
+        "mean_forward_layers": 0.5,
+        "mean_skipped_layers": 0.5,
         "activation_bytes_peak": 300,
         "upload_bytes": 40,
         "download_bytes": 80,
@@ -150,7 +154,7 @@ def test_without_a_clock_there_are_no_modelled_totals() -> None:
 
 def test_a_round_is_summarised() -> None:
     instructions = [instruction_for(client) for client in (1, 4, 6)]
-    slow = replace(COST, total_wall_s=9.0, activation_bytes_peak=70)
+    slow = replace(COST, total_wall_s=9.0, activation_bytes_peak=70, forward_tokens=(0, 32, 0, 0))
     replies: list[Reply] = [
         update_for(instructions[0], train_loss=0.5),
         Failure(4, "sent no reply"),
@@ -180,6 +184,8 @@ def test_a_round_is_summarised() -> None:
         validation_loss=0.6,
         train_loss=0.75,
         mean_active_layers=(6 + 18) / (2 + 6),  # over steps, not over clients
+        mean_forward_layers=32 / 128,  # over the tokens of two clients
+        mean_skipped_layers=(64 + 32) / 128,
         activation_bytes_peak=100,
         upload_bytes=36 + 8,  # nine values of 4 bytes, and two
         download_bytes=3 * 36 + 7,

@@ -39,11 +39,25 @@ def test_tokens_of_steps_that_were_skipped_are_accepted() -> None:
     assert reason_for(examples=4, **with_layer_tokens(64, 32, 64, 64)) is None
 
 
-def test_the_tokens_of_a_frozen_layer_are_counted_elsewhere() -> None:
-    instruction = replace(INSTRUCTION, frozen=1, share=INSTRUCTION.share - {"layer.0.A"})
-    update = update_for(instruction, tensors={key: SHARED[key] for key in (1, "head")})
-    idle = replace(update, **with_layer_tokens(0, 32, 32, 64))
-    assert why_refused(instruction, idle, layout(instruction.adapter), TASK) is None
+def test_a_layer_is_run_only_as_the_instruction_asks() -> None:
+    """Its modes say which layers may be trained and which may run forward only."""
+    instruction = replace(INSTRUCTION, starts=(1, 2), share=INSTRUCTION.share - {"layer.0.A"})
+    update = update_for(
+        instruction,
+        active_steps=(0, 1, 1, 2),
+        tensors={key: SHARED[key] for key in (1, "head")},
+    )
+
+    def reason(layer_tokens: tuple[int, ...], forward_tokens: tuple[int, ...]) -> str | None:
+        cost = replace(COST, layer_tokens=layer_tokens, forward_tokens=forward_tokens)
+        claimed = replace(update, cost=cost)
+        return why_refused(instruction, claimed, layout(instruction.adapter), TASK)
+
+    assert reason((0, 32, 32, 64), (64, 32, 0, 0)) is None
+    for trained, forward in (((64, 32, 32, 64), (0,) * 4), ((0, 32, 32, 64), (64, 32, 1, 0))):
+        assert "as it was not asked to" in str(reason(trained, forward))
+    assert "claims 33 of 64 tokens in layer 1" in str(reason((0, 33, 32, 64), (64, 32, 0, 0)))
+    assert "has tokens for 3 layers" in str(reason((0, 32, 32, 64), (64, 32, 0)))
 
 
 def test_a_valid_update_is_accepted() -> None:
@@ -166,8 +180,8 @@ def test_a_choice_that_nobody_asked_for_is_refused() -> None:
         ({"steps": 3}, "took 3 steps, the budget is 2"),
         ({"tensors": {}}, "lacks head.W"),
         ({"tensors": {key: SHARED[key] for key in (0, "head")}}, "lacks layer.1.A"),
-        ({"active_steps": (2, 3, 1, 2)}, "active in more steps than there were"),
-        ({"active_steps": (2, -1, 1, 2)}, "active in more steps than there were"),
+        ({"active_steps": (2, 3, 1, 2)}, "trained in more steps than there were"),
+        ({"active_steps": (2, -1, 1, 2)}, "trained in more steps than there were"),
         (
             {"train_loss": math.nan},
             "its loss, reward or gradients are not finite: training diverges",
@@ -197,15 +211,15 @@ def test_a_choice_that_nobody_asked_for_is_refused() -> None:
         ),
         (
             with_layer_tokens(64, 32, 65, 64),
-            "claims 65 of 64 tokens in layer 2, which was active in 1 steps",
+            "claims 65 of 64 tokens in layer 2, which was trained in 1 steps",
         ),
         (
             with_layer_tokens(64, 0, 32, 64),
-            "claims 0 of 64 tokens in layer 1, which was active in 1 steps",
+            "claims 0 of 64 tokens in layer 1, which was trained in 1 steps",
         ),
         (
             with_layer_tokens(63, 32, 32, 64),
-            "claims 63 of 64 tokens in layer 0, which was active in 2 steps",
+            "claims 63 of 64 tokens in layer 0, which was trained in 2 steps",
         ),
         (with_layer_tokens(64, -1, 32, 64), "claims impossible costs"),
         ({"tensors": {0: {"unheard.of": np.zeros(2, np.float32)}}}, "sends unheard.of, which it"),

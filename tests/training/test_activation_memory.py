@@ -14,7 +14,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from adapter_contract import Attached, case, texts
 from droppeft.costs.operation_counter import OperationCounter
-from droppeft.layer_dropout.modes import skipping
+from droppeft.layer_dropout import gated
+from droppeft.layer_dropout.modes import Mode, skipping
 from droppeft.tasks.classification import Classification
 from droppeft.training.activation_memory import ActivationMeter
 from droppeft.training.checkpointing import checkpointed
@@ -124,6 +125,19 @@ def test_a_checkpointed_forward_counts_what_it_stores_and_its_largest_block() ->
     rows = torch.ones(5, 4)
     assert peak_of(Stack(8, 8, 8), rows) == 5 * (4 * 4 + 8) * FLOAT
     assert peak_of(Stack(8, 20, 8), rows) == 5 * (4 * 4 + 20) * FLOAT
+
+
+def test_checkpointed_blocks_that_run_forward_only_are_not_counted() -> None:
+    """Only the input of the last block is stored, beside that of the square."""
+    stack = Stack(8, 8, 8)
+    meter = ActivationMeter(stack)
+    with checkpointed(stack, list(stack.blocks), meter.note), gated(stack.blocks) as gates:
+        gates.modes = (Mode.FORWARD, Mode.FORWARD, Mode.TRAIN)
+        with meter.measuring():
+            loss = stack(torch.ones(5, 4))
+        loss.backward()
+    assert meter.peak_bytes == 5 * (2 * 4 + 8) * FLOAT
+    assert [block.runs for block in stack.blocks] == [1, 1, 3]  # run, recomputed and measured
 
 
 def test_all_arguments_of_a_block_are_counted() -> None:

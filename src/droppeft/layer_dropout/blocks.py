@@ -67,8 +67,8 @@ class Gates:
         forward = [layer for layer, mode in enumerate(chosen) if mode is Mode.FORWARD]
         if forward and Mode.TRAIN in chosen[: forward[-1]]:
             raise DroppeftError(
-                f"block {chosen.index(Mode.TRAIN)} cannot be trained below block {forward[-1]}, which "
-                "runs forward only, so that no gradient would reach it; train the last blocks"
+                f"block {chosen.index(Mode.TRAIN)} cannot be trained below block {forward[-1]}, "
+                "which runs forward only, so that no gradient would reach it; train the last blocks"
             )
         self._modes = chosen
 

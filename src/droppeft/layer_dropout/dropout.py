@@ -152,8 +152,8 @@ def layer_dropout(
     same layers: accumulating gradients equals a larger batch, and all forwards of a loss use the
     same model, also those without gradients (``no_grad``), such as a reference. A layer that a step
     drops, or runs forward only, has no gradient (``None``), so the optimizer neither updates nor
-    decays it; if it has one, the optimizer's step raises an error. Gradient checkpointing recomputes exactly the layers that
-    ran.
+    decays it; if it has one, the optimizer's step raises an error. Gradient checkpointing
+    recomputes exactly the layers that ran.
 
     All layers run in evaluation mode (``model.eval()``) and in ``model.generate``. As for any
     dropout, ``no_grad`` alone does not switch to evaluation. A loss must not compare
@@ -177,8 +177,9 @@ def layer_dropout(
             returns works as well. With ``None``, set ``step`` of the yielded object yourself,
             before each step, and call its ``check_gradients`` after the backward.
         mean: mean drop rate over all L layers, distributed over depth by ``shape``; see
-            :func:`layer_rates`. It can be left out if ``backward_depths`` are given. The encoder and the decoder of an encoder-decoder model each have
-            this mean, this shape and these protected layers.
+            :func:`layer_rates`. It can be left out if ``backward_depths`` are given. The encoder
+            and the decoder of an encoder-decoder model each have this mean, this shape and these
+            protected layers.
         rates: drop rate of each of the L layers, instead of ``mean``, ``shape``, ``protect_first``
             and ``protect_last``. Default: ``None``.
         backward_depths: fractions of the L layers, counted from the last, that a step trains; each
@@ -280,7 +281,7 @@ def _check_depths(model: nn.Module, depths: Sequence[float]) -> None:
         starts_of(depths, 1)
     except TypeError:
         raise DroppeftError(
-            f"backward_depths is {depths!r}; give a list of fractions of the layers, such as (1, 0.5)"
+            f"backward_depths is {depths!r}; give a list of fractions, such as (1, 0.5)"
         ) from None
     adapter = getattr(model, "active_peft_config", None)
     if min(depths) < 1 and getattr(adapter, "is_prompt_learning", False):
@@ -297,8 +298,8 @@ def _rates(mean: float | None, options: GateOptions, depths: Sequence[int]) -> t
         mean = 0.0
     if (mean is None) == (given is None):
         raise DroppeftError(
-            "layer dropout needs either a mean rate or the rates of all layers, not both; give one, "
-            "or none of them with backward_depths below 1"
+            "layer dropout needs either a mean rate or the rates of all layers, not both; give "
+            "one, or none of them with backward_depths below 1"
         )
     if given is None:
         first = whole_number("protect_first", options["protect_first"])

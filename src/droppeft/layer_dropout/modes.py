@@ -8,7 +8,6 @@ import random
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Literal
 
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout.gates import sample_active
@@ -58,7 +57,7 @@ class LayerModes:
     cached: bool = False
     starts: tuple[int, ...] = (0,)
     rates: tuple[float, ...] | None = None
-    sampling: Literal["exact", "bernoulli"] = "exact"
+    sampling: str = "exact"
     every: int | None = 1
 
     def __post_init__(self) -> None:
@@ -93,8 +92,8 @@ class LayerModes:
         needed = [layer for layer in need_one_of if layer >= start]
         if need_one_of and not needed:
             raise DroppeftError(
-                f"a step that trains the layers from {start} on would train nothing, since only layers "
-                f"up to {max(need_one_of)} have trained parameters; make the backward pass deeper"
+                f"a step that trains the layers from {start} on would train nothing, since "
+                f"only layers up to {max(need_one_of)} have trained parameters; make the backward pass deeper"
             )
         active: Sequence[bool] = (True,) * self.layers
         if self.rates is not None:
@@ -138,7 +137,8 @@ def starts_of(depths: Sequence[float], layers: int, frozen: int = 0) -> tuple[in
     """
     if not depths or not all(0 < depth <= 1 for depth in depths):
         raise DroppeftError(
-            f"the depths of the backward pass are {list(depths)}; each must be above 0 and at most 1"
+            f"the depths of the backward pass are {list(depths)}; "
+            "each must be above 0 and at most 1"
         )
     above = layers - frozen
     return tuple(layers - max(1, round(depth * above)) for depth in depths)

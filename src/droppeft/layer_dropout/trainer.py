@@ -46,8 +46,8 @@ class LayerDropoutCallback(TrainerCallback):  # type: ignore[misc]  # transforme
     Evaluation runs every layer even then.
 
     Args:
-        mean: mean drop rate; see :func:`~droppeft.layer_dropout.layer_dropout`. It can be left out if
-            ``backward_depths`` are given.
+        mean: mean drop rate; see :func:`~droppeft.layer_dropout.layer_dropout`. It can be left out
+            if ``backward_depths`` are given.
         options: the other options of :func:`~droppeft.layer_dropout.layer_dropout`, which are
             checked when training begins. ``total_steps`` is taken from the Trainer and cannot be
             given. ``seed`` defaults to the Trainer's seed.

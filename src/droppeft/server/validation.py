@@ -113,7 +113,7 @@ def _wrong_targets(update: Update, task: Task) -> str | None:
 
 
 def _wrong_cost(instruction: Instruction, update: Update) -> str | None:
-    cost, layers = update.cost, len(instruction.adapter.layers)
+    cost = update.cost
     # An integer may be larger than any float; the modelled clock divides by these numbers.
     if not all(0 <= number < 2**63 for number in _numbers(astuple(cost))):
         return "claims impossible costs"
