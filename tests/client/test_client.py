@@ -11,9 +11,10 @@ from torch import nn
 
 from droppeft.adapters.base_delta import base_delta_applied
 from droppeft.adapters.by_layer import set_tensors
-from droppeft.client.local_training import _gates
+from droppeft.client.local_training import _drawn_modes
 from droppeft.client.run_inputs import clients_of
 from droppeft.errors import DroppeftError
+from droppeft.layer_dropout import Mode
 from droppeft.messages.instruction import BaseDelta, Budget, Instruction, LayerDropout
 from droppeft.messages.reply import Update
 from droppeft.messages.tensors import flatten, restrict
@@ -258,7 +259,8 @@ def test_every_draw_depends_on_seed_round_and_client(
     with monkeypatch.context() as patch:
         patch.setattr("droppeft.seeds.seed_for", recorded)
         train_client(prepared, instruction)
-    assert set(drawn) == {(7, purpose, 2, 1) for purpose in ("batches", "gates", "modules")}
+    purposes = ("batches", "starts", "gates", "modules")
+    assert set(drawn) == {(7, purpose, 2, 1) for purpose in purposes}
 
 
 @pytest.mark.parametrize(
@@ -272,11 +274,25 @@ def test_a_draw_holds_for_as_many_steps_as_the_instruction_says(
     prepared.model.attach(instruction.adapter)
     alone = replace(instruction, dropout=replace(dropout, every=1))
 
-    def gates(instruction: Instruction, step: int) -> tuple[bool, ...]:
-        return _gates(prepared.model, prepared.model.parameters, instruction, step)
+    drawn, fresh = (_drawn_modes(prepared.model.parameters, one, 5) for one in (instruction, alone))
+    assert drawn == [fresh[step] for step in held]
+    assert len(set(fresh)) > 1
 
-    assert [gates(instruction, step) for step in range(5)] == [gates(alone, step) for step in held]
-    assert len({gates(alone, step) for step in range(5)}) > 1
+
+def test_the_start_of_a_step_is_drawn_apart_from_what_it_skips(
+    prepared: Prepared, instructions: list[Instruction]
+) -> None:
+    """A run with one start, or without layer dropout, has the same draws as one with both."""
+    both = replace(instructions[0], starts=(2, 0))
+    drawn, one_start, unskipped = (
+        _drawn_modes(prepared.model.parameters, one, 12)
+        for one in (both, instructions[0], replace(both, dropout=None))
+    )
+    for step, modes in enumerate(drawn):
+        assert [m is Mode.SKIP for m in modes] == [m is Mode.SKIP for m in one_start[step]]
+        for mode, plain in zip(modes, unskipped[step], strict=True):
+            assert mode in (plain, Mode.SKIP)
+    assert {modes.index(Mode.TRAIN) for modes in unskipped} == {0, 2}
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"round": 2}])

@@ -103,7 +103,7 @@ def test_header_rounds_and_result(result: dict[str, Any], rows: list[RoundRow]) 
     modelled = f"{sum(row.round_modelled_s or 0 for row in rows):.1f} s"
     assert modelled in line_with(text, "modelled time")
     assert f"{result['energy_modelled_j']:.1f} J" in line_with(text, "energy")
-    assert "of 4 layers trained per step" in line_with(text, "mean depth")
+    assert "of 4 layers per step" in line_with(text, "mean depth")
     assert "target" not in text
 
 
@@ -242,7 +242,7 @@ def test_depth_counts_the_layers_above_the_frozen_ones(
     config = {**result["config"], "frozen": {**result["config"]["frozen"], "layers": 1}}
     text = shown({**result, "config": config}, rows)
     assert "3.00/3" in line_with(text, "round 1")
-    assert "of 3 layers above the frozen ones trained per step" in line_with(text, "mean depth")
+    assert "of 3 layers above the frozen ones per step" in line_with(text, "mean depth")
 
 
 def test_f1_says_which_it_is(result: dict[str, Any], rows: list[RoundRow]) -> None:

@@ -115,7 +115,9 @@ def test_layers_that_were_not_trained_stay_shared() -> None:
     """A quarter of the two trained layers is one; the layers that are not trained are shared."""
     names = frozenset({"head.W", "layer.1.A", "layer.3.A"})
     instruction = replace(CHOOSING, train=names, share=names)
-    update = update_for(instruction, **{**CHOSEN, "shared": (0, 1, 2)})
+    tokens = replace(COST, layer_tokens=(0, 32, 32, 64), forward_tokens=(64, 0, 0, 0))
+    trained = {"active_steps": (0, 1, 1, 2), "cost": tokens}
+    update = update_for(instruction, **{**CHOSEN, **trained, "shared": (0, 1, 2)})
     assert why_refused(instruction, update, layout(INSTRUCTION.adapter), TASK) is None
     greedy = replace(update, shared=(0, 1))
     said = why_refused(instruction, greedy, layout(INSTRUCTION.adapter), TASK)

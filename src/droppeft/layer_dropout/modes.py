@@ -93,7 +93,7 @@ class LayerModes:
         if need_one_of and not needed:
             raise DroppeftError(
                 f"a step that trains the layers from {start} on would train nothing, since "
-                f"only layers up to {max(need_one_of)} have trained parameters; make the backward pass deeper"
+                f"only layers up to {max(need_one_of)} have trained parameters; train more layers"
             )
         active: Sequence[bool] = (True,) * self.layers
         if self.rates is not None:

@@ -319,7 +319,7 @@ def _cost_lines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         (
             "mean depth",
             "–" if depth is None else f"{depth:.2f}",
-            f"of {counted(layers, 'layer')}{above} trained per step",
+            f"of {counted(layers, 'layer')}{above} per step",
         ),
         *_other_modes(result),
         ("activations", bytes_text(result["activation_bytes_peak"]), "peak stored for backward"),

@@ -19,8 +19,8 @@ ROUNDING = 1e-9
 RATES, SHARES, TRAINED = "rates", "arms", "trained"
 COVERAGE, IMPORTANCE = "coverage", "importance"
 """Beginnings of figures' names, which end with the variant's number. Rates and arms are drawn for
-runs with a configurator, trained steps where steps train different layers, coverage and importance
-where clients do not send every layer."""
+runs with a configurator, trained steps where the backward pass of some
+steps ends early, coverage and importance where clients do not send every layer."""
 
 
 def of_layers(number: int, variant: str, runs: Sequence[Sequence[Row]]) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def of_layers(number: int, variant: str, runs: Sequence[Sequence[Row]]) -> dict[
         [row for row in rows if row.get("layer_steps") and row["mean_active_layers"]]
         for rows in runs
     ]
-    if trained and all(trained) and any(_changes(_trained(row)) for row in chain(*trained)):
+    if trained and all(trained) and any(map(_truncated, chain(*trained))):
         title = f"{variant}: share of steps that trained each layer"
         made[f"{TRAINED}-{number}"] = _by_layer(title, trained, _trained)
     merged = [[row for row in rows if row.get("coverage") and row["accepted"]] for rows in runs]
@@ -68,9 +68,10 @@ def _trained(row: Row) -> Sequence[float]:
     return [count / steps for count in row["layer_steps"]]
 
 
-def _changes(shares: Sequence[float]) -> bool:
-    """Whether some layer was trained in some of the steps and not in others."""
-    return any(0 < share < 1 - ROUNDING for share in shares)
+def _truncated(row: Row) -> bool:
+    """Whether some layers were trained in a part of the steps and ran forward only in others."""
+    partly = any(0 < share < 1 - ROUNDING for share in _trained(row))
+    return partly and bool(row.get("mean_forward_layers"))
 
 
 def _covered(row: Row) -> Sequence[float]:

@@ -174,7 +174,8 @@ def _section(part: Part, made: Mapping[str, str]) -> dict[str, Any]:
         "failures": failures(part),
         "groups": [(drawn(names), _caption(names, text, part)) for names, text in GROUPS.items()],
         "arms": starting(f"{RATES}-", f"{SHARES}-"),
-        "layers": starting(f"{TRAINED}-", f"{COVERAGE}-", f"{IMPORTANCE}-"),
+        "trained": starting(f"{TRAINED}-"),
+        "layers": starting(f"{COVERAGE}-", f"{IMPORTANCE}-"),
     }
 
 
