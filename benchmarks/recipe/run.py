@@ -173,7 +173,9 @@ def main() -> None:
     parser.add_argument("--cells", type=int, nargs="*", default=range(len(CELLS)))
     chosen = parser.parse_args()
     if chosen.cells == range(len(CELLS)):
-        write_values(NAME, {**about(NAME), "rounds": ROUNDS, "steps": STEPS, "settings": settings()})
+        write_values(
+            NAME, {**about(NAME), "rounds": ROUNDS, "steps": STEPS, "settings": settings()}
+        )
     seeds = [int(seed) for seed in chosen.seeds.split(",")]
     for name, seed, number in itertools.product(chosen.models.split(","), seeds, chosen.cells):
         cell = CELLS[number]

@@ -208,7 +208,8 @@ def test_expected_seconds_are_those_of_the_modelled_clock(sharing: tuple[str, ..
         lower = first_trained_layer(instruction)
         rates = instruction.dropout.rates if instruction.dropout else ()
         tokens = 10 * 16 * 8
-        update = _update_of(instruction, tokens, [round(tokens * (1 - rate)) for rate in rates])
+        trained = [round(tokens * (1 - rate)) for rate in rates]
+        update = _update_of(instruction, tokens, [0] * lower + trained[lower:])
         if sharing:
             shared = range(lower, lower + (LAYERS - lower + 1) // 2)
             sent = {key: instruction.tensors[key] for key in (*shared, HEAD)}
@@ -246,6 +247,7 @@ def _update_of(instruction: Instruction, tokens: int, layer_tokens: list[int]) -
         tokens=tokens,
         rows=160,
         layer_tokens=tuple(layer_tokens),
+        forward_tokens=tuple(tokens if not trained else 0 for trained in layer_tokens),
         reward_tokens=2 * instruction.reward_rows * tokens // 160,
     )
     return replace(update, cost=cost)

@@ -154,7 +154,8 @@ def test_half_of_the_layers_equals_their_number(overrides: list[str], tmp_path: 
 
 
 def test_a_run_on_flower_is_continued_with_the_same_settings(tmp_path: Path) -> None:
-    wanted = load_config(None, ["method=adaptive", "threads=1", "accelerator=cpu"])
+    words = ["method=adaptive", "frozen.layers=half", "threads=1", "accelerator=cpu"]
+    wanted = load_config(None, words)
     frozen = wanted.frozen.model_copy(update={"layers": 3})
     for precision in ("fp32", "bf16"):  # of the machine where it began
         training = wanted.training.model_copy(update={"precision": precision})

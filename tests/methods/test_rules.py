@@ -36,6 +36,14 @@ IGNORED = [
         "task=causal_lm training.head_learning_rate=0.5",
         "has no effect with task=causal_lm, whose head is not trained",
     ),
+    (
+        "method=adaptive training.local_epochs=1 configurator.steps=[0.5]",
+        "configurator.steps has no effect with training.local_epochs=1; they are shares of",
+    ),
+    (
+        "method=adaptive configurator.reward=loss",
+        "configurator.reward has no effect with configurator.policy=layer_values, which needs no",
+    ),
     ("method=fedia3 training.loraplus_lr_ratio=4", "has no effect with adapter.type=ia3"),
     ("method=fedra ditto.pull=2", "leave it out, or set method=ditto"),
     ("method=fedra ditto.pull=1", "ditto.pull has no effect with method=fedra; leave it out"),
@@ -125,8 +133,12 @@ IMPOSSIBLE = [
         "server.merge=krum needs 3 updates in a round, but cohort_size=2; raise cohort_size, or",
     ),
     (
-        "method=adaptive server.merge=median",
+        f"method=droppeft {THOMPSON} server.merge=median",
         "server.merge=median gives all clients the same values, from which configurator.reward=",
+    ),
+    (
+        "method=droppeft configurator.policy=layer_values",
+        "configurator.policy=layer_values cannot tell what dropping layers is worth",
     ),
     (
         "method=flexlora server.merge=trimmed_mean",
@@ -270,7 +282,7 @@ def test_a_method_that_computes_with_factors_says_which_options_it_knows() -> No
     computing = {
         name
         for name, file in files.items()
-        if file.exists() and "droppeft.sharing.factors" in file.read_text()
+        if file.exists() and any(word in file.read_text() for word in ("sharing.factors", "LORA_"))
     }
     assert {"ffa_lora", "fedhetlora", "fedsa_lora", "flora"} <= computing
     undeclared = [name for name in computing if METHODS[name].lora_options is None]

@@ -27,6 +27,7 @@ _SAME_MODULES = {"xlm-roberta": "roberta"}
 OWN_DEFAULTS = {"mpnet": ["q", "v"]}
 """Targets of architectures for which peft has no default: the same maps as those of BERT."""
 
+
 def layer_fields(model: Any, name: str, spec: AdapterSpec, blocks_path: str) -> dict[str, Any]:
     """Return the fields of peft's configuration that depend on the layers.
 

@@ -75,7 +75,8 @@ def first_memory(setup: Setup, model: GlobalModel) -> BanditMemory:
             modelled clock.
     """
     settings = setup.config.configurator
-    arms = candidates(settings.means, _depths(setup), settings.steps, depth_of_run(setup))
+    steps = settings.steps if setup.config.training.local_steps is not None else (1.0,)
+    arms = candidates(settings.means, _depths(setup), steps, depth_of_run(setup))
     row_length = setup.config.training.max_length / 2
     return begin(arms_that_fit(setup, model, arms), row_length, setup.num_layers)
 

@@ -83,6 +83,13 @@ NO_EFFECT = (
         instead="leave it out, or set another policy",
     ),
     NoEffect(
+        keys=("configurator.steps",),
+        only_if_table_read="configurator",
+        when=lambda config: config.training.local_steps is None,
+        reason="training.local_epochs={config.training.local_epochs}; they are shares of "
+        "training.local_steps",
+    ),
+    NoEffect(
         keys=("configurator.reward",),
         only_if_table_read="configurator",
         when=lambda config: config.configurator.policy == "layer_values",
@@ -221,7 +228,6 @@ def check_settings(config: Config) -> None:
     check_layered(config)
     check_privacy(method, METHODS, config)
     _check_measured(method, config)
-    _check_configurator(method, config)
     _check_lora(method, config)
     _check_merge(method, config)
     check_target(config.target, config.task)
@@ -230,10 +236,11 @@ def check_settings(config: Config) -> None:
 
         check_least_rows(config)
     method.check(config)
+    _check_configurator(method, config)
 
 
 def _check_configurator(method: Method, config: Config) -> None:
-    """Refuse arms that a policy cannot judge, or that have no steps to share."""
+    """Refuse arms that a policy cannot judge."""
     settings = config.configurator
     if "configurator" not in method.tables or settings.policy == "fixed":
         return
@@ -241,11 +248,6 @@ def _check_configurator(method: Method, config: Config) -> None:
         raise DroppeftError(
             "configurator.policy=layer_values cannot tell what dropping layers is worth; leave "
             "configurator.means out or set it to [0], or set another policy"
-        )
-    if config.training.local_steps is None and any(share != 1 for share in settings.steps):
-        raise DroppeftError(
-            "configurator.steps are shares of training.local_steps, but training.local_epochs is "
-            "given; leave one of the two out"
         )
 
 

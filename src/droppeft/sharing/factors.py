@@ -17,6 +17,7 @@ from droppeft.sharing.aggregation import Weight, Wide, average_over_senders
 
 A, B = LORA_A, LORA_B
 
+
 def pairs_of(tensors: Tensors) -> Iterator[tuple[LayerKey, str, str]]:
     """Yield (layer, name of A, name of B) of every LoRA that has both."""
     for key, a, _ in flatten(tensors):
