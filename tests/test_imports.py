@@ -17,8 +17,8 @@ PACKAGE = Path(droppeft.__file__).parent
 LEVELS = (
     {"errors", "files", "quantities", "seeds"},
     {"git_lfs", "refusals"},
-    {"", "table_files"},
-    {"config", "extras", "layer_dropout", "messages"},
+    {"", "layer_dropout", "table_files"},
+    {"config", "extras", "messages"},
     {"checked_safetensors", "data"},
     {"models"},
     {"adapters", "tasks"},

@@ -164,8 +164,8 @@ def train(
         steps: the steps, in order.
         settings: learning rates, precision and further settings.
         objective: what is added to the task's loss.
-        cached: replaces the frozen layers in every part of a step. Their modes say whether their states are
-            computed in every step (``FORWARD``) or read (``CACHED``).
+        cached: replaces the frozen layers in every part of a step. Their modes say whether their
+            states are computed in every step (``FORWARD``) or read (``CACHED``).
         anchors: see :class:`~droppeft.training.objectives.Terms`.
         deadline: checked before every step.
 
