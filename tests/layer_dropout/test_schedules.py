@@ -24,8 +24,11 @@ SHARES = st.floats(0, 1)
 PARTS = st.floats(0.001, 1)
 
 
-def active_in_step(step: int, rates: Sequence[float], options: Any) -> tuple[bool, ...]:
-    return tuple(mode is Mode.TRAIN for mode in modes_of_step(step, rates, options))
+def active_in_step(
+    step: int, rates: Sequence[float], options: Any, need_one_of: Sequence[int] = ()
+) -> tuple[bool, ...]:
+    drawn = modes_of_step(step, rates, options, need_one_of)
+    return tuple(mode is Mode.TRAIN for mode in drawn)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

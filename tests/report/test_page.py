@@ -34,8 +34,8 @@ from droppeft.report.page import FIGURES, PAGE, read_folder, write_page
 from droppeft.tasks.metrics import LOSS
 from runs import Recorder
 
-CONFIGURATOR = ("rates-2", "arms-2")
-"""Figures of the third variant, which has a configurator."""
+CONFIGURATOR = ("rates-2", "arms-2", "trained-2")
+"""Figures of the third variant, which has a configurator. One of its arms trains the upper half."""
 
 COVERED = tuple(f"{name}-{variant}" for name in ("coverage", "importance") for variant in (1, 2, 3))
 """Figures of variants whose clients do not send every layer: in two steps some layers never run,
