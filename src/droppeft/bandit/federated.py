@@ -231,14 +231,15 @@ def note(
     - ``present``: numbers of the current arms, in the order of the following lists;
     - ``quality``, ``deviation``: expected reward and its uncertainty, in units of the typical
       reward;
-    - ``layer_values``: what training each layer is worth, mean 1;
+    - ``layer_values``: what training each layer is worth, mean 1; ``None`` with other policies;
     - ``trials``: number of observations in the window;
     - ``seconds``: modelled seconds of a local training, mean over the device profiles;
     - ``best``: number of the arm with the largest reward per second.
     """
     known = memory.known()
     quality, deviation = known.quality, known.deviation
-    if setup.config.configurator.policy == LAYER_VALUES:
+    by_layer = setup.config.configurator.policy == LAYER_VALUES
+    if by_layer:
         quality, deviation = _worth(setup, memory), np.zeros(len(memory.arms))
     seconds = mean_seconds(setup, model, memory)
     worth = per_second(quality, np.array(seconds)).tolist()
@@ -254,7 +255,7 @@ def note(
         "present": list(numbers),
         "quality": [float(value) for value in quality],
         "deviation": [float(value) for value in deviation],
-        "layer_values": list(memory.layers.values),
+        "layer_values": list(memory.layers.values) if by_layer else None,
         "trials": [int(value) for value in known.count],
         "seconds": list(seconds),
         "best": numbers[worth.index(max(worth))],

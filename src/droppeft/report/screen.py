@@ -255,9 +255,15 @@ def _arms(row: "RoundRow", about: Mapping[str, Any]) -> Text:
         f"{notes['labels'][arm]} by {counted(count, 'client')}"
         for arm, count in counts.most_common()
     )
+    frozen = about["config"]["frozen"]["layers"]
+    above = f" above {counted(frozen, 'frozen layer')}" if frozen else ""
+    if notes.get("layer_values"):
+        from droppeft.runs.conclusion import worth_of_upper_half
+
+        share = worth_of_upper_half(notes["layer_values"])
+        worth = f"the upper half is worth {share:.0%} of all layers"
+        return Text(f"trained{above}: {chosen} ({worth})", style="dim")
     best = notes["labels"][str(notes["best"])]
     trials = notes["trials"][notes["present"].index(notes["best"])]
     status = "best so far" if trials else "expected to be best, but not tried lately"
-    frozen = about["config"]["frozen"]["layers"]
-    above = f" above {counted(frozen, 'frozen layer')}" if frozen else ""
     return Text(f"trained{above}: {chosen} ({status}: {best})", style="dim")

@@ -286,8 +286,14 @@ def _dropping(result: Mapping[str, Any], rows: Sequence[RoundRow]) -> str | None
 
 
 def _configurator(rows: Sequence[RoundRow]) -> str | None:
-    """Say so if the configurator's best arm has changed in the last third of the rounds."""
+    """Say what layers are worth, or that the best arm has changed in the last third of rounds."""
     notes = [row.notes for row in rows if row.notes and "best" in row.notes]
+    if notes and notes[-1].get("layer_values"):
+        share = worth_of_upper_half(notes[-1]["layer_values"])
+        return (
+            f"Training the upper half of the layers was worth {share:.0%} of training all of them, "
+            "as the clients' updates tell."
+        )
     best = [one["labels"][str(one["best"])] for one in notes]
     late = best[-max(len(best) // 3, 1) - 1 :]
     if len(set(late)) < 2:
@@ -296,6 +302,11 @@ def _configurator(rows: Sequence[RoundRow]) -> str | None:
         "The configurator has not settled: in the last third of the rounds it found best to train "
         f"{' and then '.join(dict.fromkeys(late))}. With more rounds it would choose more surely."
     )
+
+
+def worth_of_upper_half(values: Sequence[float]) -> float:
+    """The share of the layers' values that the last half of them has."""
+    return sum(values[len(values) // 2 :]) / sum(values)
 
 
 def _margin(metric: Metric, value: float, rows: int) -> float:
