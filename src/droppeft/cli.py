@@ -20,7 +20,7 @@ from droppeft.command_line_words import (
     more_rounds,
     seed_numbers,
 )
-from droppeft.cost_commands import estimate, profile
+from droppeft.cost_commands import calibrate, estimate, profile
 from droppeft.errors import DroppeftError, Interrupted
 from droppeft.federation_commands import keys, superlink, supernode
 from droppeft.model_commands import chat, export, generate, predict
@@ -249,7 +249,7 @@ def settings(
     report.show(report.matching(word or ""), Console(highlight=False))
 
 
-for of_cost in (profile, estimate):
+for of_cost in (profile, calibrate, estimate):
     app.command(cls=CommandWithSettings)(of_cost)
 
 app.command()(keys)

@@ -105,6 +105,29 @@ def config_to_measure(words: Sequence[str], defaults: Sequence[str]) -> "Config"
     return resolve_here(config)
 
 
+CALIBRATED_BY = (
+    *("task", "quantization", "accelerator", "seed", "source.", "adapter."),
+    *("training.batch_size", "training.max_length", "training.precision", "training.loss_on"),
+    "training.checkpointing",
+)
+"""Keys, or beginnings of keys, of the settings that change what ``calibrate`` measures or how."""
+
+
+def calibration_words(model: str, data: str, settings: Sequence[str]) -> list[str]:
+    """All words of ``calibrate`` as settings.
+
+    Raises:
+        DroppeftError: a setting does not change what is measured.
+    """
+    from droppeft.config import key_of
+
+    for key in map(key_of, settings):
+        if not key.startswith(CALIBRATED_BY):
+            raise DroppeftError(f"{key} has no effect on what layers are worth; leave it out")
+    named = {"model": model, "data": data}
+    return [*(f"{key}={word.removeprefix(f'{key}=')}" for key, word in named.items()), *settings]
+
+
 def drop_rates(text: str) -> list[float]:
     """The numbers of ``--rates``, separated by commas.
 

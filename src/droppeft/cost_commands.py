@@ -1,4 +1,4 @@
-"""The commands that measure a training step, and estimate what fits a device. Ours."""
+"""The commands that measure a training step or layers, and estimate what fits a device. Ours."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,12 @@ import typer
 
 from droppeft.command_line_exit import FAILED, STOPPED, leave
 from droppeft.command_line_settings import Overrides, setting_keys
-from droppeft.command_line_words import config_to_measure, drop_rates, file_and_settings
+from droppeft.command_line_words import (
+    calibration_words,
+    config_to_measure,
+    drop_rates,
+    file_and_settings,
+)
 
 
 def profile(
@@ -102,3 +107,66 @@ def estimate(
     else:
         report.show(answer, console, everything=everything)
     raise typer.Exit(0 if answer.fitting else FAILED)
+
+
+def calibrate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="As the setting model.")],
+    data: Annotated[str, typer.Argument(metavar="DATA", help="As the setting data.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE ...", show_default=False, autocompletion=setting_keys),
+    ] = None,
+    rows: Annotated[
+        int | None,
+        typer.Option(
+            min=4, help="Training rows to measure on.", show_default="256; 32 of conversations"
+        ),
+    ] = None,
+    mean: Annotated[
+        float,
+        typer.Option(
+            min=0, max=1, help="Mean of the drop rates that are printed.", show_default="1/3"
+        ),
+    ] = 1 / 3,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the JSON and a figure.", show_default="nowhere")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure what each layer of a model is worth on your data.
+
+    For each layer it measures the loss that is added when the layer alone is skipped,
+    and the gradient of its adapter. It prints drop rates that follow: layers that cost
+    little are dropped most, and expensive ones never. Settings are those of a run that
+    change what is measured: task, model, data, quantization, seed, training.precision,
+    training.batch_size, training.max_length, training.loss_on, and those that begin
+    with source. or adapter.
+    """
+    from rich.console import Console
+
+    from droppeft.config import load_config
+    from droppeft.data.splits import check_found
+    from droppeft.extras import require
+    from droppeft.methods.rules import check_settings
+    from droppeft.methods.step_settings import STEP_METHOD
+
+    if out is not None:
+        require("report", "the figure in --out")
+    words = calibration_words(model, data, settings or [])
+    config = load_config(None, words, STEP_METHOD)
+    check_settings(config)
+    check_found(config.data)
+
+    from droppeft.report import show_calibration as report  # loads PyTorch
+
+    console = Console(stderr=True) if as_json else Console()
+    try:
+        result = report.run_calibration(config, words, rows, mean, console)
+    except KeyboardInterrupt:
+        leave("stopped; nothing was written", STOPPED)
+    if out is not None:
+        report.write(result, out)
+    if as_json:
+        typer.echo(json.dumps(result))
+    else:
+        report.show(result, console)

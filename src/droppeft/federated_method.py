@@ -17,6 +17,7 @@ from droppeft.config import AdapterConfig, Config
 from droppeft.costs.modelled_clock import Clock
 from droppeft.costs.step_counts import StepCounts
 from droppeft.errors import DroppeftError
+from droppeft.layer_dropout import Calibration
 from droppeft.messages.instruction import (
     AdapterSpec,
     Budget,
@@ -49,6 +50,9 @@ class Setup:
         run: name of the run, under which clients save their state.
         longest_step: returns the counts of a training step on the longest rows, in the run's
             precision and quantisation. Methods use it to decide what fits into a device's memory.
+        calibration: what each layer is worth, measured before round 1 on rows that no client has;
+            ``None`` if the configuration asks for none (``Config.calibrates``). A resumed run has
+            the values of its checkpoint.
     """
 
     config: Config
@@ -58,6 +62,7 @@ class Setup:
     clock: Clock | None
     run: str = ""
     longest_step: Callable[[AdapterSpec], StepCounts] | None = None
+    calibration: Calibration | None = None
 
 
 ForClient = Callable[[Setup, ServerState, int, int], Instruction]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from droppeft.errors import DroppeftError
-from droppeft.layer_dropout import layer_rates, protected_ends
+from droppeft.layer_dropout import Calibration, layer_rates, protected_ends
 from droppeft.layer_dropout.modes import starts_of
 
 Depths = tuple[float, ...]
@@ -58,6 +58,8 @@ class Depth:
         protect_first, protect_last: how many of the first and last trained layers are never
             dropped.
         shape: shape of the drop rates over the trained layers, a key of ``SHAPES``.
+        calibration: what each of the L layers is worth, which decides the rates instead of the
+            shape; ``None`` if it does not.
     """
 
     layers: int
@@ -65,6 +67,7 @@ class Depth:
     protect_first: int
     protect_last: int
     shape: str = "uniform"
+    calibration: Calibration | None = None
 
 
 def candidates(
@@ -124,7 +127,11 @@ def arm_rates(arm: Arm, depth: Depth) -> tuple[float, ...]:
     lower = first_trained(arm, depth)
     trained = depth.layers - lower
     protected = protected_ends(trained, depth.protect_first, depth.protect_last)
-    return (0.0,) * lower + layer_rates(arm.mean, depth.shape, trained, protected=protected)
+    if depth.calibration is None:
+        rates = layer_rates(arm.mean, depth.shape, trained, protected=protected)
+    else:
+        rates = depth.calibration.rates(arm.mean, first=lower, protected=protected)
+    return (0.0,) * lower + rates
 
 
 def steps_of_arm(arm: Arm, local_steps: int) -> int:

@@ -3,15 +3,17 @@
 from collections.abc import Collection
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from droppeft import seeds
 from droppeft.adapters.attach import attach, detach
-from droppeft.adapters.by_layer import Parameters, get_tensors, trainable_by_layer
+from droppeft.adapters.by_layer import Parameters, get_tensors, set_tensors, trainable_by_layer
 from droppeft.data.cache import cache_dir
-from droppeft.layer_dropout import find_blocks
-from droppeft.messages.instruction import AdapterSpec
+from droppeft.data.tokens import TokenRows
+from droppeft.layer_dropout import Calibration, find_blocks
+from droppeft.messages.instruction import AdapterSpec, LocalTraining
 from droppeft.messages.tensors import Layout, Tensors, flatten
 from droppeft.models.bf16_products import use_fp32_products
 from droppeft.models.hardware import bf16_instructions
@@ -19,6 +21,7 @@ from droppeft.models.loading import Backbone
 from droppeft.models.offloading import OffloadedWeights
 from droppeft.models.quantization import on_device
 from droppeft.tasks.task import Task
+from droppeft.training.calibrating import Progress, calibrate
 from droppeft.training.loop import Trainable
 
 
@@ -114,6 +117,40 @@ class ClientModel:
     def layout(self, spec: AdapterSpec) -> Layout:
         """Return the names, layers and shapes of an adapter's trainable tensors."""
         return {name: (key, array.shape) for key, name, array in flatten(self.fresh_tensors(spec))}
+
+    def calibrate(
+        self,
+        spec: AdapterSpec,
+        table: TokenRows,
+        settings: LocalTraining,
+        progress: Progress = lambda done, of: None,
+    ) -> Calibration:
+        """Measure what each layer is worth, with the initial values of an adapter.
+
+        Args:
+            spec: of the adapter.
+            table: tokenised rows in random order, all of which are used.
+            settings: batch size, precision and checkpointing.
+            progress: called with the number of passes that are done, and that of all.
+
+        Raises:
+            DroppeftError: as :func:`~droppeft.training.calibrating.calibrate`.
+        """
+        fresh = self.fresh_tensors(spec)
+        self.attach(spec)
+        self.load_layers()
+        set_tensors(self.parameters, fresh)
+        try:
+            return calibrate(
+                self.trainable(self.parameters),
+                table,
+                np.arange(len(table)),
+                settings,
+                fit_head=bool(self._backbone.new_modules),
+                progress=progress,
+            )
+        finally:
+            set_tensors(self.parameters, fresh)  # a new head was trained
 
     def _change(self, spec: AdapterSpec) -> None:
         if self._spec is not None:

@@ -6,7 +6,7 @@ and :func:`clients_of` what only clients need, such as the rows of sites.
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -20,7 +20,15 @@ from droppeft.client.site import RefusingSite, Site, read_sites, with_rows
 from droppeft.config import Config, resolve_clients, resolve_layers
 from droppeft.data.checks import partitioned
 from droppeft.data.findings import Findings
-from droppeft.data.partition import ClientRows, owners_of, partition_rows
+from droppeft.data.partition import (
+    NO_ROWS,
+    ClientRows,
+    calibration_rows,
+    owners_of,
+    partition_rows,
+    without_rows,
+)
+from droppeft.data.texts import Rows
 from droppeft.data.tokens import TokenRows
 from droppeft.errors import DroppeftError
 from droppeft.extras import require
@@ -31,6 +39,9 @@ from droppeft.refusals import Refused
 from droppeft.tasks.registry import task_named
 from droppeft.tasks.task import Corpus, Table, Task
 from droppeft.training.checkpointing import check_checkpointing
+
+SET_ASIDE_PART = 5
+"""At most one of so many training rows is set aside to measure the layers."""
 
 Say = Callable[[str], None]
 """Reports to the user what is being done."""
@@ -50,6 +61,8 @@ class Loaded:
         backbone: the loaded backbone.
         model: the same backbone, with adapters attached to it.
         sites: clients on this machine with rows of their own, by number; empty if there are none.
+        set_aside: training rows that no client has, on which the server measures the layers, in
+            random order; empty if it measures none.
         workers: how many clients are trained at a time, each in a process of its own; 1 trains them
             in this process.
     """
@@ -63,6 +76,7 @@ class Loaded:
     model: ClientModel
     sites: tuple[Site, ...] = ()
     workers: int = 1
+    set_aside: Rows = field(default_factory=lambda: NO_ROWS)
 
     @cached_property
     def test(self) -> TokenRows:
@@ -111,8 +125,23 @@ def count_clients(config: Config, data: ReadData) -> Config:
     Raises:
         DroppeftError: none of the owners can be a client.
     """
-    owners = owners_of(data.corpus.train.keys, config.partition)
+    train = data.corpus.train
+    keys = without_rows(train.keys, set_aside(config, train))
+    owners = owners_of(keys, config.partition)
     return resolve_clients(config, len(owners))
+
+
+def set_aside(config: Config, train: Table) -> Rows:
+    """Return the training rows that no client gets, on which the server measures the layers.
+
+    They are as many as the task wants, but not more than a part of the rows; none if the run
+    measures no layers.
+    """
+    if not config.calibrates:
+        return NO_ROWS
+    most = len(train) // SET_ASIDE_PART
+    wanted = min(task_named(config.task).calibration_rows, most)
+    return calibration_rows(len(train), wanted, config.seed)
 
 
 def load(config: Config, say: Say, read: ReadData | None = None) -> Loaded:
@@ -135,16 +164,19 @@ def load(config: Config, say: Say, read: ReadData | None = None) -> Loaded:
     data = read_data(config, read).corpus
     clients: tuple[ClientRows, ...] = ()
     findings = data.findings
+    aside = NO_ROWS
     if config.partition.kind != "sites":
+        train, partition = data.train, config.partition
+        aside = set_aside(config, train)
         clients = partition_rows(
-            data.train.labels, data.train.keys, config.clients, config.partition, config.seed
+            train.labels, train.keys, config.clients, partition, config.seed, aside
         )
-        findings = partitioned(data.findings, data.train.keys, clients, config.partition.min_rows)
+        findings = partitioned(findings, train.keys, clients, partition.min_rows, aside)
     sites = read_sites(config.sites, config.task, data.label_names)
     if sites:
         clients = tuple(found.rows for _, found in sites)
     config, backbone, model = load_model(config, data.label_names, say)
-    return Loaded(config, task, data, clients, findings, backbone, model, sites)
+    return Loaded(config, task, data, clients, findings, backbone, model, sites, set_aside=aside)
 
 
 def load_model(

@@ -1,5 +1,6 @@
 """The dropout table: layer dropout."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
@@ -8,6 +9,11 @@ from droppeft.config.exclusive import EXCLUSIVE, with_default
 from droppeft.config.table import Real, Table, Whole
 
 DEFAULT_MEAN_RATE = 1 / 3
+
+CALIBRATED = "calibrated"
+"""The shape whose rates follow from a measurement of every layer."""
+
+ENDS = ("protect_first", "protect_last")
 
 
 def _steps_or_round(value: object) -> object:
@@ -28,8 +34,11 @@ class DropoutConfig(Table):
     rates: tuple[float, ...] | None = Field(
         None, description="instead of mean and shape: the drop rate of each layer"
     )
-    shape: Literal["uniform", "incremental", "decay", "normal"] = Field(
-        "uniform", description="how drop rates vary with depth, at the same mean"
+    shape: Literal["uniform", "incremental", "decay", "normal", "calibrated"] = Field(
+        "uniform",
+        description="how drop rates vary with depth, at the same mean; `calibrated`: layers whose "
+        "loss is small when they are skipped are dropped most, and expensive ones never (measured "
+        "before round 1 on training rows that no client gets)",
     )
     sampling: Literal["exact", "bernoulli"] = Field(
         "exact",
@@ -46,8 +55,16 @@ class DropoutConfig(Table):
         description="drop rates over the run: `warm_up` increases them from 0 in the first 30 % "
         "of the rounds, `recovery` trains the last 30 % at full depth",
     )
-    protect_first: Whole = Field(1, ge=0, description="first layers that are never dropped")
-    protect_last: Whole = Field(1, ge=0, description="last layers that are never dropped")
+    protect_first: Whole = Field(
+        1,
+        ge=0,
+        description="first layers that are never dropped (0 by default with `shape=calibrated`)",
+    )
+    protect_last: Whole = Field(
+        1,
+        ge=0,
+        description="last layers that are never dropped (0 by default with `shape=calibrated`)",
+    )
 
     @field_validator("rates")
     @classmethod
@@ -61,8 +78,20 @@ class DropoutConfig(Table):
     def _a_third_unless_said(cls, value: Any) -> Any:
         return with_default(value, EXCLUSIVE["dropout"], DEFAULT_MEAN_RATE)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _measured_layers_are_protected(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and value.get("shape") == CALIBRATED:
+            return {**dict.fromkeys(ENDS, 0), **value}
+        return value
+
     @model_validator(mode="after")
     def _one_of_three(self) -> "DropoutConfig":
         if sum(value is not None for value in (self.mean, self.count, self.rates)) > 1:
             raise ValueError("give only one of dropout.mean, dropout.count and dropout.rates")
+        if self.rates is not None and self.shape == CALIBRATED:
+            raise ValueError(
+                "dropout.rates are the rates of all layers, so that dropout.shape=calibrated has no "
+                "effect; give one of the two"
+            )
         return self

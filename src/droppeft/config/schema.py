@@ -18,7 +18,7 @@ from droppeft.config.defaults import (
     with_defaults,
 )
 from droppeft.config.ditto import DittoConfig
-from droppeft.config.dropout import DropoutConfig
+from droppeft.config.dropout import CALIBRATED, DropoutConfig
 from droppeft.config.evaluation import EvaluationConfig
 from droppeft.config.flower import FlowerConfig
 from droppeft.config.frozen import FrozenConfig
@@ -288,6 +288,11 @@ class Config(Table):
                 "lower one of them"
             )
         return self
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the server measures what each layer is worth, on training rows set aside."""
+        return self.dropout.shape == CALIBRATED
 
     @property
     def drawn(self) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 
 from droppeft.data.findings import RARE_ROWS, Findings
 from droppeft.data.labels import MANY_NUMBERS, MISSING_WORDS, number, similar_names
-from droppeft.data.partition import ClientRows
+from droppeft.data.partition import NO_ROWS, ClientRows
 from droppeft.data.texts import Rows
 
 
@@ -63,21 +63,27 @@ def partitioned(
     keys: Sequence[str] | None,
     clients: Sequence[ClientRows],
     min_rows: int,
+    set_aside: Rows = NO_ROWS,
 ) -> Findings:
-    """Add which training rows a partition leaves out.
+    """Add which training rows are set aside, and which others a partition leaves out.
 
     Args:
         findings: what is known so far.
         keys: owner of each training row.
         clients: the rows that each client holds.
         min_rows: the setting ``partition.min_rows``.
+        set_aside: rows that were set aside before the partition.
     """
+    rest = findings.train_rows - len(set_aside)
+    findings = replace(findings, train_rows=rest, set_aside_rows=len(set_aside))
     used = np.concatenate([part for one in clients for part in one.parts])
-    if keys is None or len(used) == findings.train_rows:
+    if keys is None or len(used) == rest:
         return findings
     others = Counter(keys)
+    others.subtract(keys[row] for row in set_aside)
     for owner in {keys[row] for row in used}:
         del others[owner]
+    others = +others
     since = (
         f"with fewer than partition.min_rows={min_rows} rows each"
         if max(others.values()) < min_rows
@@ -86,7 +92,7 @@ def partitioned(
     return replace(
         findings,
         train_rows=len(used),
-        left_out_rows=findings.train_rows - len(used),
+        left_out_rows=rest - len(used),
         left_out_owners=len(others),
         left_out_since=since,
     )

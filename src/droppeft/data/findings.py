@@ -22,14 +22,15 @@ LISTED = 3  # names in a sentence
 class Findings:
     """What was found in a data set, and what was done with its rows.
 
-    ``rows_read`` is the sum of ``train_rows``, ``test_rows``, ``incomplete``, the rows beyond a
-    limit, and those that the partition leaves out.
+    ``rows_read`` is the sum of ``train_rows``, ``test_rows``, ``set_aside_rows``, ``incomplete``,
+    the rows beyond a limit, and those that the partition leaves out.
 
     Attributes:
         remarks: how the files were read, as parts of sentences.
         columns: the column that each kind of value was read from.
         rows_read: rows of all splits.
         train_rows, test_rows: rows that are used.
+        set_aside_rows: training rows on which layers are measured, and which no client has.
         incomplete: rows that were left out since they lack a text, a label or an owner.
         without_text, without_label, without_owner: how many of them lack it. One can lack several.
         beyond_limit: rows left out by ``source.max_train_rows`` and ``source.max_test_rows``.
@@ -57,6 +58,7 @@ class Findings:
     rows_read: int = 0
     train_rows: int = 0
     test_rows: int = 0
+    set_aside_rows: int = 0
     incomplete: int = 0
     without_text: int = 0
     without_label: int = 0
@@ -146,6 +148,11 @@ class Findings:
             found.append(
                 f"the texts of {self.in_both:,} of {counted(self.test_rows, 'test row')} are also "
                 "in training rows, which makes the measured quality too high"
+            )
+        if self.set_aside_rows:
+            found.append(
+                f"{counted(self.set_aside_rows, 'training row')} were set aside for calibration "
+                "and given to no client"
             )
         if self.left_out_rows:
             found.append(self._about_left_out())

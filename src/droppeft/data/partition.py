@@ -19,6 +19,9 @@ from droppeft.errors import DroppeftError
 
 Keys = Sequence[str] | None
 
+NO_ROWS: Rows = np.zeros(0, np.int64)
+"""Indices of no rows."""
+
 FEWEST_ROWS = 3
 """Smallest ``partition.min_rows``: one row for each part."""
 
@@ -38,7 +41,12 @@ class ClientRows:
 
 
 def partition_rows(
-    labels: Rows, keys: Keys, clients: int, config: PartitionConfig, seed: int
+    labels: Rows,
+    keys: Keys,
+    clients: int,
+    config: PartitionConfig,
+    seed: int,
+    set_aside: Rows = NO_ROWS,
 ) -> tuple[ClientRows, ...]:
     """Assign every row to one client and to one of its parts.
 
@@ -54,10 +62,13 @@ def partition_rows(
         clients: number of clients.
         config: the settings ``partition.*``.
         seed: the seed of the run. The same arguments give the same partition.
+        set_aside: rows that no client gets, as if the data did not have them.
 
     Raises:
         DroppeftError: if there are not enough rows, owners or classes for the clients.
     """
+    rest = np.setdiff1d(np.arange(len(labels)), set_aside)
+    labels, keys = labels[rest], without_rows(keys, set_aside)
     if config.kind != "natural":
         _check_enough(len(labels), clients, config.min_rows)
     owned = PARTITIONERS[config.kind](labels, keys, clients, config, seed)
@@ -65,7 +76,27 @@ def partition_rows(
     if config.small != "error":
         owned = _topped_up(owned, config.min_rows, generator)
     _check_none_small(owned, config)
-    return tuple(_parts(rows, config, generator) for rows in owned)
+    return tuple(_parts(rest[rows], config, generator) for rows in owned)
+
+
+def calibration_rows(rows: int, wanted: int, seed: int) -> Rows:
+    """Choose training rows on which layers are measured, in random order.
+
+    Args:
+        rows: number of training rows.
+        wanted: number of rows to choose; all if there are fewer.
+        seed: the seed of the run. The rows of a smaller number are the first of a larger one.
+    """
+    chosen: Rows = seeds.numpy_generator(seed, purpose="calibration").permutation(rows)[:wanted]
+    return chosen
+
+
+def without_rows(keys: Keys, rows: Rows) -> Keys:
+    """Return the owners of all other rows."""
+    if keys is None or not len(rows):
+        return keys
+    removed = {*rows.tolist()}
+    return [key for row, key in enumerate(keys) if row not in removed]
 
 
 def _check_enough(rows: int, clients: int, min_rows: int) -> None:

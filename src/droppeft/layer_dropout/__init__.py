@@ -34,6 +34,7 @@ use the lower-level functions::
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from droppeft.layer_dropout.calibration import Calibration, calibrated_rates
 from droppeft.layer_dropout.gates import SAMPLINGS, sample_active
 from droppeft.layer_dropout.modes import LayerModes, Mode, starts_of
 from droppeft.layer_dropout.rates import (
@@ -41,6 +42,7 @@ from droppeft.layer_dropout.rates import (
     explicit_rates,
     layer_rates,
     protected_ends,
+    weighted_rates,
 )
 from droppeft.layer_dropout.schedules import SCHEDULES, scheduled_rates
 
@@ -57,10 +59,12 @@ __all__ = [
     "SCHEDULES",
     "SHAPES",
     "Architecture",
+    "Calibration",
     "DrawnGates",
     "Gates",
     "LayerModes",
     "Mode",
+    "calibrated_rates",
     "explicit_rates",
     "find_blocks",
     "find_stacks",
@@ -71,6 +75,7 @@ __all__ = [
     "sample_active",
     "scheduled_rates",
     "starts_of",
+    "weighted_rates",
 ]
 
 _NEED_TORCH = {

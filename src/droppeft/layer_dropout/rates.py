@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 from droppeft.errors import DroppeftError
 
 # A mean that exceeds the largest possible one by less than this is a rounding error.
-_ROUNDING = 1e-9
+ROUNDING = 1e-9
 # A rate from here on counts as 1, so that the largest possible mean drops layers with certainty.
 _FULL = 1 - 1e-12
 
@@ -50,8 +50,7 @@ def layer_rates(
 ) -> tuple[float, ...]:
     """Distribute a mean drop rate over depth.
 
-    Rates are proportional to the weights of the shape. What would exceed 1 is redistributed, in the
-    same proportions, over the unprotected layers below 1 (water-filling).
+    Rates are proportional to the weights of the shape, as in :func:`weighted_rates`.
 
     Args:
         mean: mean rate over all L layers, in [0, 1]. Protected layers count as 0.
@@ -69,12 +68,39 @@ def layer_rates(
     _check_layers(num_layers)
     if shape not in SHAPES:
         raise DroppeftError(f"unknown shape {shape!r}; the shapes are {', '.join(SHAPES)}")
-    if not 0 <= mean <= 1:
-        raise DroppeftError(f"the mean drop rate is {mean}; it must lie between 0 and 1")
+    return weighted_rates(mean, SHAPES[shape](num_layers), protected=protected)
+
+
+def weighted_rates(
+    mean: float, weights: Sequence[float], *, protected: Collection[int] = ()
+) -> tuple[float, ...]:
+    """Distribute a mean drop rate over layers in proportion to weights.
+
+    What would exceed 1 is redistributed, in the same proportions, over the unprotected layers below
+    1 (water-filling).
+
+    Args:
+        mean: mean rate over all L layers, in [0, 1]. Protected layers count as 0.
+        weights: L positive numbers, of which only the ratios matter.
+        protected: indices of layers that are never dropped; 0 is nearest the input.
+
+    Returns:
+        L probabilities of being dropped. Their sum is within 1e-9 of mean x L.
+
+    Raises:
+        DroppeftError: if there are no layers, a weight is not positive, the mean is outside [0, 1]
+            or above (L - protected) / L, or a protected layer does not exist.
+    """
+    num_layers = len(weights)
+    _check_layers(num_layers)
+    check_mean(mean)
+    for layer, weight in enumerate(weights):
+        if not 0 < weight < math.inf:
+            raise DroppeftError(f"the weight of layer {layer} is {weight}; it must be above 0")
     never_dropped = _existing_layers(protected, num_layers)
     droppable = num_layers - len(never_dropped)
     total = mean * num_layers
-    if total > droppable + _ROUNDING:
+    if total > droppable + ROUNDING:
         # Rounded down, so that the largest mean in the message is itself accepted.
         largest = droppable * 10_000 // num_layers / 10_000
         raise DroppeftError(
@@ -82,12 +108,21 @@ def layer_rates(
             f"{len(never_dropped)} of them protected: the largest possible mean is {largest:g}; "
             "lower the mean or protect fewer layers"
         )
-    weights = SHAPES[shape](num_layers)
     return _fill(
         {layer: weights[layer] for layer in range(num_layers) if layer not in never_dropped},
         total,
         num_layers,
     )
+
+
+def check_mean(mean: float) -> None:
+    """Check that a mean drop rate is possible at all.
+
+    Raises:
+        DroppeftError: if it is outside [0, 1].
+    """
+    if not 0 <= mean <= 1:
+        raise DroppeftError(f"the mean drop rate is {mean}; it must lie between 0 and 1")
 
 
 def protected_ends(num_layers: int, first: int, last: int) -> frozenset[int]:

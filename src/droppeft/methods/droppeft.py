@@ -2,8 +2,8 @@
 
 Source: arXiv:2503.10217. The drop rates are configured or chosen by the bandit
 (:mod:`droppeft.bandit`); :mod:`droppeft.methods.personal_layers` says which layers a client shares.
-Ours: dropping exactly the same number of layers in every step, protected first and last layers, and
-schedules of the rates.
+Ours: dropping exactly the same number of layers in every step, protected layers, rates by what each
+layer is worth, and schedules of the rates.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,6 +16,7 @@ from droppeft.bandit.arms import starts_of_arm, steps_of_arm
 from droppeft.bandit.bandit_memory import BanditMemory
 from droppeft.bandit.federated import ArmsOfRound
 from droppeft.config import DropoutConfig
+from droppeft.config.dropout import CALIBRATED
 from droppeft.errors import DroppeftError
 from droppeft.federated_method import (
     Method,
@@ -27,7 +28,13 @@ from droppeft.federated_method import (
     start_with,
     uniform_adapter,
 )
-from droppeft.layer_dropout import explicit_rates, layer_rates, protected_ends, scheduled_rates
+from droppeft.layer_dropout import (
+    Calibration,
+    explicit_rates,
+    layer_rates,
+    protected_ends,
+    scheduled_rates,
+)
 from droppeft.layer_dropout.modes import starts_of
 from droppeft.layer_dropout.schedules import PART
 from droppeft.messages.instruction import Budget, Instruction, LayerDropout
@@ -59,18 +66,35 @@ class DropPEFTMemory(ParticipationMemory):
     last_round: ArmsOfRound | None = None
 
 
-def configured_rates(config: DropoutConfig, num_layers: int, frozen: int = 0) -> tuple[float, ...]:
+def configured_rates(
+    config: DropoutConfig,
+    num_layers: int,
+    frozen: int = 0,
+    calibration: Calibration | None = None,
+) -> tuple[float, ...]:
     """Drop rate of every layer.
 
     Frozen layers have the rate 0; mean, count and shape refer to the layers above them.
 
     Raises:
-        DroppeftError: if the protected layers make the mean or the count impossible, or if a list
-            of rates does not fit the model.
+        DroppeftError: if the protected layers make the mean or the count impossible, if a list of
+            rates does not fit the model, or if the shape needs a calibration and there is none.
     """
     if config.rates is not None:
         return _listed_rates(config.rates, num_layers, frozen)
-    return (0.0,) * frozen + _shaped_rates(config, num_layers - frozen)
+    trained = num_layers - frozen
+    protected = protected_ends(trained, config.protect_first, config.protect_last)
+    mean = _mean(config, trained, len(protected))
+    if config.shape == CALIBRATED:
+        if calibration is None:
+            raise DroppeftError(
+                "dropout.shape=calibrated needs a calibration, and there is none; give dropout.rates "
+                "instead, as `droppeft calibrate` prints them"
+            )
+        rates = calibration.rates(mean, first=frozen, protected=protected)
+    else:
+        rates = layer_rates(mean, config.shape, trained, protected=protected)
+    return (0.0,) * frozen + rates
 
 
 def _listed_rates(listed: Sequence[float], num_layers: int, frozen: int) -> tuple[float, ...]:
@@ -83,17 +107,17 @@ def _listed_rates(listed: Sequence[float], num_layers: int, frozen: int) -> tupl
     return rates
 
 
-def _shaped_rates(config: DropoutConfig, num_layers: int) -> tuple[float, ...]:
-    protected = protected_ends(num_layers, config.protect_first, config.protect_last)
+def _mean(config: DropoutConfig, num_layers: int, protected: int) -> float:
+    """The mean rate of the layers that are not frozen."""
     if config.count is None:
-        return layer_rates(config.mean or 0.0, config.shape, num_layers, protected=protected)
-    droppable = num_layers - len(protected)
+        return config.mean or 0.0
+    droppable = num_layers - protected
     if config.count > droppable:
         raise DroppeftError(
-            f"dropout.count={config.count} is impossible: {len(protected)} of {num_layers} layers "
+            f"dropout.count={config.count} is impossible: {protected} of {num_layers} layers "
             f"are protected; set at most {droppable}, or protect fewer layers"
         )
-    return layer_rates(config.count / num_layers, config.shape, num_layers, protected=protected)
+    return config.count / num_layers
 
 
 def _starts(setup: Setup) -> tuple[int, ...]:
@@ -118,7 +142,8 @@ def rates_of_round(setup: Setup, round: int) -> tuple[float, ...]:
         DroppeftError: as :func:`configured_rates`.
     """
     config = setup.config
-    rates = configured_rates(config.dropout, setup.num_layers, config.frozen.count)
+    frozen, found = config.frozen.count, setup.calibration
+    rates = configured_rates(config.dropout, setup.num_layers, frozen, found)
     return scheduled_rates(rates, config.dropout.schedule, (round - 1) / config.rounds, PART)
 
 

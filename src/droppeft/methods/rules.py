@@ -231,6 +231,7 @@ def check_settings(config: Config) -> None:
     _check_lora(method, config)
     _check_merge(method, config)
     check_target(config.target, config.task)
+    _check_calibrated(config)
     if config.partition.kind == "sites":
         from droppeft.client.site_rules import check_least_rows  # imports PyTorch
 
@@ -268,6 +269,16 @@ def _check_lora(method: Method, config: Config) -> None:
                 f"hold with adapter.options.{option}; leave adapter.options.{option} out, or set "
                 "method=fedlora"
             )
+
+
+def _check_calibrated(config: Config) -> None:
+    """Refuse rates that are measured on training rows where the server has none."""
+    if config.calibrates and config.partition.kind == "sites":
+        raise DroppeftError(
+            "dropout.shape=calibrated needs training rows on the server, which has none with "
+            "partition.kind=sites; measure the layers on rows of your own with `droppeft calibrate "
+            "MODEL DATA`, and give the dropout.rates that it prints"
+        )
 
 
 def _check_merge(method: Method, config: Config) -> None:

@@ -58,6 +58,9 @@ def step_of(config: Config) -> Config:
     }
     if "dropout" not in method_named(config.method).tables:
         used["dropout"] = DropoutConfig(mean=0.0)
+    elif config.calibrates:
+        # What a step costs depends on how many layers run, not on which.
+        used["dropout"] = config.dropout.model_copy(update={"shape": "uniform"})
     if "backward" not in method_named(config.method).tables:
         used["backward"] = plain.backward
     return config.model_copy(update=used)

@@ -1,11 +1,16 @@
 """What identifies a run: its settings, data and model, for listeners and for its result. Ours."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from droppeft.adapters.by_layer import count_parameters
 from droppeft.client.run_inputs import identity
 from droppeft.config import as_tree
+from droppeft.layer_dropout import Calibration
+from droppeft.methods.droppeft import configured_rates
 from droppeft.models.hardware import precision_reason
 from droppeft.runs.folder import SETTINGS, bound_settings
 from droppeft.server.prepare import Prepared, references
@@ -13,9 +18,13 @@ from droppeft.server.privacy_releases import guarantee
 from droppeft.tasks.metrics import quality
 from droppeft.training.loop import Evaluation
 
+CALIBRATION = "calibration"
+"""The fact of a checkpoint that has what each layer is worth, or ``None``."""
+
 
 def initial_facts(prepared: Prepared, evaluation: Evaluation) -> dict[str, Any]:
     """What is measured once, before round 1, and stored in every checkpoint."""
+    calibration = prepared.setup.calibration
     return {
         "initial": dict(evaluation.metrics),
         "label_names": list(prepared.loaded.data.label_names),
@@ -24,7 +33,14 @@ def initial_facts(prepared: Prepared, evaluation: Evaluation) -> dict[str, Any]:
         SETTINGS: bound_settings(prepared.config),
         **identity(prepared.loaded),
         "references": references(prepared.loaded),
+        CALIBRATION: None if calibration is None else asdict(calibration),
     }
+
+
+def calibration_of(facts: Mapping[str, Any]) -> Calibration | None:
+    """Return what each layer is worth, as a checkpoint has it; floats are equal bit for bit."""
+    known = facts[CALIBRATION]
+    return None if known is None else TypeAdapter(Calibration).validate_python(known)
 
 
 def describe(prepared: Prepared, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,8 +74,21 @@ def describe(prepared: Prepared, facts: Mapping[str, Any]) -> dict[str, Any]:
         **facts["references"],
         "sampled_test_rows": len(prepared.sample),
         "privacy": guarantee(config, facts),
+        "calibration": _calibration(prepared),
         "config": as_tree(config),
     }
+
+
+def _calibration(prepared: Prepared) -> dict[str, Any] | None:
+    """What each layer is worth, and ``rates``, the drop rates that follow; ``None`` for arms."""
+    found, config = prepared.setup.calibration, prepared.config
+    if found is None:
+        return None
+    rates = None
+    if config.configurator.policy == "fixed":
+        layers, frozen = prepared.setup.num_layers, config.frozen.count
+        rates = configured_rates(config.dropout, layers, frozen, found)
+    return {**asdict(found), "rates": rates}
 
 
 def _count_trainable(prepared: Prepared) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 
 from droppeft import seeds
 from droppeft.client.client_model import ClientModel
-from droppeft.client.run_inputs import Loaded, ReadData, Say, load
+from droppeft.client.run_inputs import Loaded, ReadData, Say, load, tokens_of
 from droppeft.client.trial_step import try_one_step
 from droppeft.config import Config
 from droppeft.costs.device_profiles import make_fleet
@@ -20,7 +20,8 @@ from droppeft.data.language import with_language
 from droppeft.data.texts import Rows, TextTable
 from droppeft.data.tokens import TokenRows
 from droppeft.extras import require
-from droppeft.federated_method import local_training
+from droppeft.federated_method import adapter_spec, local_training
+from droppeft.layer_dropout import Calibration
 from droppeft.messages.server_state import ServerState
 from droppeft.methods import Method, Setup, method_named
 from droppeft.models.quantization import check_installed
@@ -91,7 +92,13 @@ def writes_texts(method: Method, config: Config) -> bool:
     return generates and method.has_global_model(config)
 
 
-def prepare(config: Config, say: Say, run: str = "", read: ReadData | None = None) -> Prepared:
+def prepare(
+    config: Config,
+    say: Say,
+    run: str = "",
+    read: ReadData | None = None,
+    calibration: Calibration | None = None,
+) -> Prepared:
     """Load data and model and start the method.
 
     Args:
@@ -99,6 +106,7 @@ def prepare(config: Config, say: Say, run: str = "", read: ReadData | None = Non
         say: called with each step, to show progress.
         run: name of the run, under which clients save their state.
         read: data that have been read, which are used if they are those of the configuration.
+        calibration: what each layer is worth, if it has been measured.
 
     Raises:
         DroppeftError: something that the configuration names does not exist or does not fit.
@@ -123,6 +131,7 @@ def prepare(config: Config, say: Say, run: str = "", read: ReadData | None = Non
         clock,
         run,
         longest_step(config, loaded.backbone),
+        calibration or _calibrated(loaded, say),
     )
     state = method.init(setup)
     say("tokenising")
@@ -138,6 +147,20 @@ def prepare(config: Config, say: Say, run: str = "", read: ReadData | None = Non
         prepare_wall_s=time.perf_counter() - start,
         why_fewer_workers=count.why_fewer,
     )
+
+
+def _calibrated(loaded: Loaded, say: Say) -> Calibration | None:
+    """Measure what each layer is worth, if rows were set aside for it.
+
+    All layers have an adapter, whichever the method trains.
+    """
+    if not len(loaded.set_aside):
+        return None
+    say("measuring what each layer is worth")
+    config, model = loaded.config, loaded.model
+    table = tokens_of(loaded, loaded.data.train.take(loaded.set_aside))
+    spec = adapter_spec(config.adapter, model.num_layers)
+    return model.calibrate(spec, table, local_training(config))
 
 
 def with_workers(prepared: Prepared, transport: Transport) -> Prepared:

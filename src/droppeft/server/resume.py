@@ -30,6 +30,7 @@ from droppeft.runs.folder import (
 )
 from droppeft.runs.listener import Listener
 from droppeft.runs.read_ledger import read_ledger, read_rounds
+from droppeft.server.description import calibration_of
 from droppeft.server.finite_models import last_finite
 from droppeft.server.prepare import Prepared, prepare
 from droppeft.server.privacy_accountant import check_budget, with_noise_multiplier
@@ -81,7 +82,8 @@ def resume_run(
         )
         check_settings(config)
         config = resolve_here(config)
-        prepared = prepare(config, listener.preparing, newest.facts["run"])
+        known = calibration_of(newest.facts)
+        prepared = prepare(config, listener.preparing, newest.facts["run"], calibration=known)
         _check_same_inputs(prepared, newest, out)
         if config.start_from is not None:
             first = checkpoints.load_round(out / "checkpoints", 0, memory_type)

@@ -78,6 +78,16 @@ class CausalLM:
         found = self._of(model, batch)
         return BatchResult(float(found.loss), self.targets(batch), int(found.correct))
 
+    def losses_by_row(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the sum of the losses of each row's tokens (B,), and the number of these (B,)."""
+        states, rows = self._states(model, batch), batch["input_ids"].shape[0]
+        owners = batch["positions"] // batch["input_ids"].shape[1]
+        losses = [
+            head_loss(model, states[owners == row], batch["labels"][owners == row]).loss
+            for row in range(rows)
+        ]
+        return torch.stack(losses), torch.bincount(owners, minlength=rows)
+
     def metrics(self, results: Sequence[BatchResult]) -> dict[str, float]:
         """Return the mean loss of a token, the perplexity, and the token accuracy."""
         targets = sum(result.targets for result in results)
@@ -102,10 +112,14 @@ class CausalLM:
         }
 
     def _of(self, model: nn.Module, batch: Batch) -> CompletionLoss:
+        return head_loss(model, self._states(model, batch), batch["labels"])
+
+    def _states(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """Return the states (N, H) from which the N tokens that are learnt are predicted."""
         length = batch["input_ids"].shape[1]
         # Virtual tokens of a prompt stand before the batch's tokens.
         hidden = last_hidden_states(model, model_inputs(batch))[:, -length:]
-        return head_loss(model, hidden.flatten(0, 1)[batch["positions"]], batch["labels"])
+        return hidden.flatten(0, 1)[batch["positions"]]
 
 
 MOST_LOSS = 700.0
@@ -125,6 +139,7 @@ class CausalLMTask:
     adapter_task = "CAUSAL_LM"
     auto_class = AutoModelForCausalLM
     heads: tuple[str, ...] = HEADS
+    calibration_rows = 32
     rows_are_targets = False
     generates = True
 

@@ -77,6 +77,12 @@ class Classification:
         observed = (predicted, labels.cpu().numpy(), logits.shape[-1])
         return BatchResult(float(loss), len(labels), observed)
 
+    def losses_by_row(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the cross-entropy of each row (B,), and 1 for each."""
+        labels = batch["labels"]
+        losses = functional.cross_entropy(self.logits(model, batch), labels, reduction="none")
+        return losses, torch.ones_like(labels)
+
     def metrics(self, results: Sequence[BatchResult]) -> dict[str, float]:
         """Return accuracy, F1 and the mean cross-entropy."""
         predicted = np.concatenate([result.observed[0] for result in results])
@@ -100,6 +106,7 @@ class ClassificationTask:
     adapter_task = "SEQ_CLS"
     auto_class = AutoModelForSequenceClassification
     heads: tuple[str, ...] = HEAD_MODULES
+    calibration_rows = 256
     rows_are_targets = True
     generates = False
 

@@ -104,6 +104,9 @@ class BoundTask(Protocol):
     def evaluate(self, model: nn.Module, batch: Batch) -> BatchResult:
         """Evaluate a batch; the model is in evaluation mode."""
 
+    def losses_by_row(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the loss of each row, summed over its targets, and their number; both (B,)."""
+
     def metrics(self, results: Sequence[BatchResult]) -> dict[str, float]:
         """Return the value of each of the task's metrics over several batches."""
 
@@ -121,6 +124,7 @@ class Task(Protocol):
         adapter_task: peft's name for the task.
         auto_class: class of transformers that loads such a model.
         heads: names of modules between the last layer and the output, which are not quantised.
+        calibration_rows: number of rows on which layers are measured, unless there are fewer.
         rows_are_targets: whether each row is one target. Otherwise the targets are tokens.
         generates: whether the model writes texts.
     """
@@ -130,6 +134,7 @@ class Task(Protocol):
     adapter_task: str
     auto_class: Any
     heads: tuple[str, ...]
+    calibration_rows: int
     rows_are_targets: bool
     generates: bool
 
