@@ -24,6 +24,7 @@ def accounted(found: Findings) -> int:
         + found.test_rows
         + found.beyond_limit
         + found.left_out_rows
+        + found.set_aside_rows
         + found.incomplete
     )
 

@@ -162,6 +162,19 @@ def test_loss_and_evaluation_of_a_batch_agree(ready: Ready) -> None:
     assert float(loss.detach()) == pytest.approx(result.loss_sum / result.targets, rel=1e-5)
 
 
+def test_losses_by_row_are_those_of_the_batch(ready: Ready) -> None:
+    batch = ready.bound.collate(ready.table, first_rows(5))
+    with torch.inference_mode():
+        losses, targets = ready.bound.losses_by_row(ready.model, batch)
+        whole = ready.bound.evaluate(ready.model, batch)
+        last = ready.bound.evaluate(ready.model, ready.bound.collate(ready.table, first_rows(5)[4:]))
+    assert (losses.shape, targets.shape) == ((5,), (5,))
+    assert float(losses.sum()) == pytest.approx(whole.loss_sum, rel=1e-5)
+    assert int(targets.sum()) == whole.targets
+    assert float(losses[4]) == pytest.approx(last.loss_sum, rel=1e-4)
+    assert int(targets[4]) == last.targets
+
+
 def test_the_number_of_targets_is_what_the_server_accepts(ready: Ready) -> None:
     batch = ready.bound.collate(ready.table, first_rows(5))
     found = ready.bound.targets(batch)

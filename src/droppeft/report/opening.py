@@ -44,6 +44,8 @@ def _rows(about: Mapping[str, Any], folder: Path | None) -> Iterator[tuple[str, 
         yield "", about["why_fewer_workers"]
     if sharing := _shared(about["config"]["sharing"]):
         yield "sharing", sharing
+    if about.get("calibration") and about["calibration"]["rates"]:
+        yield "dropout", _calibrated(about["calibration"])
     if about["privacy"] is not None:
         yield "privacy", _privacy(about["privacy"])
     yield "devices", about["no_clock_reason"] or f"{', '.join(about['profiles'])} (modelled)"
@@ -136,6 +138,19 @@ def _rounds(about: Mapping[str, Any]) -> str:
         f"{first if drawn > cohort else ''} {'trains' if drawn == 1 else 'train'} for {work} of "
         f"{counted(training['batch_size'], 'text')}"
         f"{f', {workers} at a time' if workers > 1 else ''}"
+    )
+
+
+def _calibrated(found: Mapping[str, Any]) -> str:
+    """Which layers are never dropped, and the rates of the others."""
+    kept = [str(layer) for layer, rate in enumerate(found["rates"]) if not rate]
+    dropped = [rate for rate in found["rates"] if rate]
+    if not dropped:
+        return "no layer is dropped"
+    never = f"never layers {', '.join(kept)}; " if kept else ""
+    return (
+        f"{never}the others with rates of {share(min(dropped))} to {share(max(dropped))}, by what "
+        "each is worth"
     )
 
 

@@ -35,6 +35,7 @@ from droppeft.comparison.writers import (
 from droppeft.errors import DroppeftError
 from droppeft.extras import require
 from droppeft.files import write_atomically
+from droppeft.report.calibration_figure import CAPTION, NAME, figure_of_result
 from droppeft.report.drawing import INK, svg
 from droppeft.report.figures import (
     AXES,
@@ -97,11 +98,15 @@ def write_page(folder: Path) -> Path:
         made = {name: (svg(figure), figure) for name, figure in figures(part, runs).items()}
         sections.append(_section(part, {name: image for name, (image, _) in made.items()}))
         drawn |= {f"{number}-{name}" if len(parts) > 1 else name: f for name, f in made.items()}
+    if (calibration := _calibration(folder)) is not None:
+        drawn[NAME] = (svg(calibration), calibration)
     text = TEMPLATE.render(
         title=title,
         variants=len({one.variant for one in records}),
         seeds=len({one.seed for one in records}),
         conclusion=_conclusion(folder),
+        calibration=[_inline(drawn[NAME][0])] if NAME in drawn else [],
+        calibration_caption=CAPTION,
         generated=_generated(folder),
         sections=sections,
         settings=_settings(records),
@@ -146,6 +151,12 @@ def _conclusion(folder: Path) -> Sequence[str]:
     result = read_result(folder)
     about_data = [f"Data: {one}." for one in result["data_findings"]["sentences"]]
     return [*result["conclusion"], *about_data]
+
+
+def _calibration(folder: Path) -> Any:
+    """A figure of what a run measured of its layers before round 1; ``None`` without it."""
+    found = read_result(folder).get(NAME) if (folder / RESULT).is_file() else None
+    return None if found is None else figure_of_result(found)
 
 
 def _generated(folder: Path) -> dict[str, Any] | None:

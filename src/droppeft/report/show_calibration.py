@@ -22,7 +22,6 @@ from droppeft.quantities import counted, percent, seconds_text, share
 from droppeft.report.calibration_figure import figure_of_result
 from droppeft.report.drawing import svg
 from droppeft.report.progress import bar
-from droppeft.report.screen import Screen
 from droppeft.resources.calibration import measure
 from droppeft.runs.environment import machine, versions
 
@@ -51,17 +50,14 @@ def run_calibration(
     Raises:
         DroppeftError: as :func:`~droppeft.resources.calibration.measure`.
     """
-    with Screen(console) as screen, bar(console) as progress:
-        task = progress.add_task("passes through the model", total=None, visible=False)
-
-        def say(what: str) -> None:
-            if progress.disable:
-                screen.preparing(what)
-
-        def advance(done: int, of: int) -> None:
-            progress.update(task, completed=done, total=of, visible=True)
-
-        resolved, found = measure(config, rows, say, advance)
+    with bar(console) as progress:
+        task = progress.add_task("", total=None)
+        resolved, found = measure(
+            config,
+            rows,
+            lambda what: progress.update(task, description=what),
+            lambda done, of: progress.update(task, completed=done, total=of),
+        )
     return content(resolved, words, mean, found)
 
 
