@@ -15,7 +15,6 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from droppeft.cached_layers.frozen_layers import FrozenLayers
 from droppeft.data.texts import Rows
 from droppeft.data.tokens import TokenRows, ordered_batches
 from droppeft.errors import DroppeftError
@@ -171,9 +170,6 @@ class _Model:
         self, on: Trainable, settings: LocalTraining, gates: Gates, passes: _Passes
     ) -> None:
         self.on, self.settings, self.gates, self.passes = on, settings, gates, passes
-        self.prefixes = [
-            FrozenLayers(on.model, on.blocks, layer + 1) for layer in range(len(on.blocks))
-        ]
 
     def fit_head(self, batches: Sequence[Batch]) -> None:
         """Train the head alone, with no layer run: the states after the last one are stored."""
@@ -215,13 +211,18 @@ class _Model:
 
     def _full(self, batch: Batch) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
         """Return the L + 1 states before, between and after the layers, losses, and targets."""
-        self.prefixes[0].open(self.gates)
+        self._open()
         with _recording(self.on.blocks) as states:
             return states, *self._row_losses(batch)
 
+    def _open(self) -> None:
+        self.gates.active, self.gates.replacements = (True,) * len(self.on.blocks), {}
+
     def _enter_after(self, layer: int, states: torch.Tensor) -> None:
         """Let the next forward pass begin after a layer, with these states (B, S, H)."""
-        self.prefixes[layer].skip(self.gates, (True,) * len(self.on.blocks), states)
+        below, above = layer + 1, len(self.on.blocks) - layer - 1
+        self.gates.active = (False,) * below + (True,) * above
+        self.gates.replacements = {layer: states}
 
     def _row_losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         with self._autocast():
@@ -238,7 +239,7 @@ class _Model:
     def gradients(self, batches: Sequence[Batch]) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Return ``gradient`` and ``state_gradient`` of a calibration, for the mean loss."""
         on = self.on
-        self.prefixes[0].open(self.gates)
+        self._open()
         # In fp16 small gradients would vanish.
         scale = loss_scaler(self.settings.precision, on.task.device).get_scale()
         total = sum(map(on.task.targets, batches))
