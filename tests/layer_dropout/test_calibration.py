@@ -51,7 +51,8 @@ def test_the_mean_is_exact_and_a_layer_that_adds_less_is_dropped_more(
 def test_rates_are_inverse_to_the_added_loss_and_expensive_layers_are_protected() -> None:
     rates = calibrated_rates(0.25, LOSSES)
     # Weights 10, 5, 2.5, 5, 10, 5 for a sum of 2.
-    assert rates == pytest.approx((0, 20 / 37.5, 10 / 37.5, 5 / 37.5, 10 / 37.5, 20 / 37.5, *[10 / 37.5], 0))
+    expected = (0, 20 / 37.5, 10 / 37.5, 5 / 37.5, 10 / 37.5, 20 / 37.5, 10 / 37.5, 0)
+    assert rates == pytest.approx(expected)
     assert expensive_layers(LOSSES, [0.0] * 8) == {0, 7}
 
 

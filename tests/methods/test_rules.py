@@ -168,8 +168,8 @@ IMPOSSIBLE = [
     (
         "sites=a.toml,b.toml method=droppeft dropout.shape=calibrated",
         "dropout.shape=calibrated needs training rows on the server, which has none with partition."
-        "kind=sites; measure the layers on rows of your own with `droppeft calibrate MODEL DATA`, and "
-        "give the dropout.rates that it prints",
+        "kind=sites; measure the layers on rows of your own with `droppeft calibrate MODEL DATA`, "
+        "and give the dropout.rates that it prints",
     ),
     ("method=fedfoo", "method=fedfoo: unknown method; known are droppeft"),
     ("adapter.type=ia3 adapter.rank=4", "adapter.rank: type ia3 has no such setting; leave it out"),

@@ -167,7 +167,8 @@ def test_losses_by_row_are_those_of_the_batch(ready: Ready) -> None:
     with torch.inference_mode():
         losses, targets = ready.bound.losses_by_row(ready.model, batch)
         whole = ready.bound.evaluate(ready.model, batch)
-        last = ready.bound.evaluate(ready.model, ready.bound.collate(ready.table, first_rows(5)[4:]))
+        alone = ready.bound.collate(ready.table, first_rows(5)[4:])
+        last = ready.bound.evaluate(ready.model, alone)
     assert (losses.shape, targets.shape) == ((5,), (5,))
     assert float(losses.sum()) == pytest.approx(whole.loss_sum, rel=1e-5)
     assert int(targets.sum()) == whole.targets

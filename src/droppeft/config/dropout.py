@@ -91,7 +91,7 @@ class DropoutConfig(Table):
             raise ValueError("give only one of dropout.mean, dropout.count and dropout.rates")
         if self.rates is not None and self.shape == CALIBRATED:
             raise ValueError(
-                "dropout.rates are the rates of all layers, so that dropout.shape=calibrated has no "
-                "effect; give one of the two"
+                "dropout.rates has the rates of all layers, so that dropout.shape=calibrated has "
+                "no effect; give one of the two"
             )
         return self

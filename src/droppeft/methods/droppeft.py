@@ -88,8 +88,8 @@ def configured_rates(
     if config.shape == CALIBRATED:
         if calibration is None:
             raise DroppeftError(
-                "dropout.shape=calibrated needs a calibration, and there is none; give dropout.rates "
-                "instead, as `droppeft calibrate` prints them"
+                "dropout.shape=calibrated needs a calibration, and there is none; give "
+                "dropout.rates instead, as `droppeft calibrate` prints them"
             )
         rates = calibration.rates(mean, first=frozen, protected=protected)
     else:

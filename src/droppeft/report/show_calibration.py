@@ -156,9 +156,9 @@ def sentences(result: Mapping[str, Any]) -> list[str]:
         f"; a head was trained on {result['head_rows']} others first" if result["head_rows"] else ""
     )
     how = (
-        f"added loss: mean loss with this layer alone skipped, minus {result['loss']:.3f} of the "
-        f"full model, ± its standard error{head}. gradient: share of the absolute gradients of all "
-        f"adapters. Measured in {seconds_text(result['calibration_wall_s'])}."
+        f"added loss: mean loss with this layer alone skipped, minus {result['loss']:.3f} of "
+        f"the full model, ± its standard error{head}. gradient: share of the absolute gradients "
+        f"of all adapters. Measured in {seconds_text(result['calibration_wall_s'])}."
     )
     return [found, f"[dim]{how}[/dim]"]
 
