@@ -70,7 +70,7 @@ def test_if_the_mean_is_impossible_the_cheapest_expensive_layers_are_dropped() -
     rates = calibrated_rates(7 / 8, LOSSES)
     assert rates == (0, *[1.0] * 7)
     assert calibrated_rates(1.0, LOSSES) == (1.0,) * 8
-    with pytest.raises(DroppeftError, match="largest possible mean is 0.875"):
+    with pytest.raises(DroppeftError, match=r"largest possible mean is 0\.875"):
         calibrated_rates(1.0, LOSSES, protected={3})
 
 

@@ -1,6 +1,7 @@
 """``droppeft calibrate``: what it prints, what it writes, and what it refuses."""
 
 import json
+import shlex
 import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -55,7 +56,7 @@ def test_a_language_model_and_a_run_with_the_printed_rates(
     shown = capsys.readouterr().out
     assert "12 rows, " in shown
     [command] = [line for line in shown.splitlines() if line.startswith("  droppeft run ")]
-    config = load_config(None, command.split()[2:])
+    config = load_config(None, shlex.split(command)[2:])
     assert config.task == "causal_lm"
     assert config.dropout.rates is not None
     assert sum(config.dropout.rates) == pytest.approx(4 / 3, abs=0.002)
@@ -104,7 +105,7 @@ def test_expensive_layers_are_named_and_never_dropped() -> None:
     assert "32 rows, 900 tokens learnt" in text
     assert "1 min 01 s" in text
     assert "droppeft run method=droppeft model=m data=d.csv 'dropout.rates=[0," in text
-    assert "0 8.000 0.010 ━━━━━━━━━━━━━━━━ 16.7% ━━━━━━━━━━━━━━━━ never" in text
+    assert "0 8.000 0.010 ━━━━━━━━━━━━ 16.7% ━━━━━━━━━━━━ never" in text
 
 
 def test_if_no_layer_is_expensive_the_most_expensive_ones_are_named() -> None:

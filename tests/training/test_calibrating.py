@@ -50,10 +50,10 @@ class Ready:
             return evaluate(on.model, self.table, np.arange(ROWS), on.task, ROWS).loss
 
 
-def ready_with(overrides: list[str]) -> Ready:
+def ready_with(overrides: list[str], rows: int = ROWS) -> Ready:
     loaded = prepared_run(*overrides, "training.batch_size=7").loaded
     config, model = loaded.config, loaded.model
-    table = tokens_of(loaded, loaded.data.train.take(np.arange(ROWS)))
+    table = tokens_of(loaded, loaded.data.train.take(np.arange(rows)))
     return Ready(model, adapter_spec(config.adapter, LAYERS), table, local_training(config))
 
 
@@ -133,10 +133,10 @@ def test_a_layer_that_changes_nothing_adds_no_loss(chat: Ready) -> None:
 
 
 def test_a_new_head_is_trained_on_other_rows_and_forgotten(tiny_overrides: list[str]) -> None:
-    ready = ready_with(tiny_overrides)
+    ready = ready_with(tiny_overrides, rows=120)
     found = ready.model.calibrate(ready.spec, ready.table, ready.settings)
-    assert (found.rows, found.head_rows, found.targets) == (ROWS // 2, ROWS // 2, ROWS // 2)
-    assert found.loss < 0.95 * math.log(3)
+    assert (found.rows, found.head_rows, found.targets) == (60, 60, 60)
+    assert found.loss < math.log(3) - 0.003  # the states of a random model tell little
     assert_same(get_tensors(ready.model.parameters), ready.model.fresh_tensors(ready.spec))
     again = ready.model.calibrate(ready.spec, ready.table, ready.settings)
     assert (again.added_loss, again.gradient) == (found.added_loss, found.gradient)
@@ -157,7 +157,8 @@ def test_settings_that_save_memory_change_rounding_alone(
 ) -> None:
     plain, saving = ready_with(tiny_overrides), ready_with([*tiny_overrides, extra])
     one, other = (
-        ready.model.calibrate(ready.spec, ready.table, ready.settings) for ready in (plain, saving)
+        calibrate(ready.on, ready.table, np.arange(ROWS), ready.settings, fit_head=False)
+        for ready in (plain, saving)
     )
     close = {"abs": 0.03} if "bf16" in extra else {"rel": 1e-4}
     assert one.added_loss == pytest.approx(other.added_loss, **close)

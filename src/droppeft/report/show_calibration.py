@@ -28,7 +28,7 @@ from droppeft.runs.environment import machine, versions
 SCHEMA_VERSION = 1
 RESULT, FIGURE = "calibration.json", "calibration"
 
-BAR = 16
+BAR = 12
 """Characters of the longest bar."""
 
 NAMED = 10

@@ -82,8 +82,8 @@ def resume_run(
         )
         check_settings(config)
         config = resolve_here(config)
-        known = calibration_of(newest.facts)
-        prepared = prepare(config, listener.preparing, newest.facts["run"], calibration=known)
+        measured = calibration_of(newest.facts)
+        prepared = prepare(config, listener.preparing, newest.facts["run"], calibration=measured)
         _check_same_inputs(prepared, newest, out)
         if config.start_from is not None:
             first = checkpoints.load_round(out / "checkpoints", 0, memory_type)

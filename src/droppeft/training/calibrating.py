@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -33,9 +33,12 @@ from droppeft.training.loop import Trainable, computing_in
 FEWEST_ROWS = 4
 """With fewer rows nothing is measured: half of them may be needed to train a head."""
 
-HEAD_STEPS, HEAD_RATE, HEAD_PULL = 100, 1e-2, 1e-2
-"""Steps of Adam that train a new head, their first learning rate, which falls to 0, and the weight
-of a pull towards the initial values: half of it times the squared distance is added to the loss."""
+HEAD_RATE, HEAD_STEPS, HEAD_PATIENCE = 3e-3, 200, 20
+"""Learning rate of Adam that trains a new head, most steps, and steps without a smaller loss on
+rows that are held out after which it ends."""
+
+HELD_OUT = 4
+"""One of so many rows for the head is held out, because a wide head learns the others by heart."""
 
 NOT_FINITE = 1e4
 """Added loss (nats) of a layer without which the loss is not finite."""
@@ -44,6 +47,7 @@ Progress = Callable[[int, int], None]
 """Called with the number of passes through the model that are done, and that of all."""
 
 Vector = npt.NDArray[np.float64]
+T = TypeVar("T")
 
 
 def calibrate(
@@ -81,19 +85,21 @@ def calibrate(
             f"{FEWEST_ROWS} or more; use more data"
         )
     start = time.perf_counter()
-    for_head, measured = np.split(rows, [len(rows) // 2 if fit_head else 0])
+    number = len(rows) // 2 if fit_head else 0
+    held_out, for_head, measured = np.split(rows, [-(-number // HELD_OUT), number])
 
     def batches_of(part: Rows) -> list[Batch]:
         chosen = ordered_batches(part, table.lengths, settings.batch_size)
         return [on.task.collate(table, batch) for batch in chosen]
 
-    head_batches, batches = batches_of(for_head), batches_of(measured)
-    passes = _Passes(progress, len(head_batches) + len(batches) * (len(on.blocks) + 2))
+    head_batches, batches = [*map(batches_of, (for_head, held_out))], batches_of(measured)
+    first = sum(map(len, head_batches))
+    passes = _Passes(progress, first + len(batches) * (len(on.blocks) + 2))
     on.model.eval()
     with _ready(on, settings), gated(on.blocks) as gates:
         model = _Model(on, settings, gates, passes)
-        if head_batches:
-            model.fit_head(head_batches)
+        if first:
+            model.fit_head(*head_batches)
         losses, targets = model.losses(batches)
         gradient, state_gradient = model.gradients(batches)
     loss = float(losses[:, 0].sum() / targets.sum())
@@ -112,7 +118,7 @@ def calibrate(
         rows=len(measured),
         targets=int(targets.sum()),
         tokens=int(table.lengths[measured].sum()),
-        head_rows=len(for_head),
+        head_rows=number,
         calibration_wall_s=time.perf_counter() - start,
     )
 
@@ -129,10 +135,11 @@ def added_losses(full: Vector, skipped: Vector, targets: Vector) -> tuple[Vector
         Two arrays (L,). The error is that of a ratio of two sums, in which rows are independent.
     """
     rows, total = len(full), targets.sum()
-    differences = skipped - full[:, None]
-    added = differences.sum(axis=0) / total
-    spread = differences - targets[:, None] * added
-    error = np.sqrt(rows / max(rows - 1, 1) * np.square(spread).sum(axis=0)) / total
+    with np.errstate(invalid="ignore", over="ignore"):
+        differences = skipped - full[:, None]
+        added = differences.sum(axis=0) / total
+        spread = differences - targets[:, None] * added
+        error = np.sqrt(rows / max(rows - 1, 1) * np.square(spread).sum(axis=0)) / total
     known = np.isfinite(added) & np.isfinite(error)
     return np.where(known, added, NOT_FINITE), np.where(known, error, 0.0)
 
@@ -171,27 +178,45 @@ class _Model:
     ) -> None:
         self.on, self.settings, self.gates, self.passes = on, settings, gates, passes
 
-    def fit_head(self, batches: Sequence[Batch]) -> None:
-        """Train the head alone, with no layer run: the states after the last one are stored."""
-        after = []
-        with torch.no_grad():
-            for batch in batches:
-                after.append(self._full(batch)[0][-1])
+    def fit_head(self, batches: Sequence[Batch], held_out: Sequence[Batch]) -> None:
+        """Train the head alone, with no layer run: the states after the last one are stored.
+
+        It keeps the values with the smallest loss on the rows that are held out.
+        """
         values = list(self.on.parameters.get(HEAD, {}).values())
-        start = [value.detach().clone() for value in values]
+        with torch.no_grad():
+            after, after_held_out = (
+                [self._full(batch)[0][-1] for batch in part] for part in (batches, held_out)
+            )
         optimizer = torch.optim.Adam(values, lr=HEAD_RATE)
-        total = sum(map(self.on.task.targets, batches))
-        for step in range(HEAD_STEPS):
-            for group in optimizer.param_groups:
-                group["lr"] = HEAD_RATE * (1 - step / HEAD_STEPS)
-            for batch, states in zip(batches, after, strict=True):
-                self._enter_after(len(self.on.blocks) - 1, states)
-                self._loss(batch, total).backward()  # type: ignore[no-untyped-call]
-            for value, first in zip(values, start, strict=True):
-                if value.grad is not None:
-                    value.grad.add_(value.detach() - first, alpha=HEAD_PULL)
+        best, kept, chosen = math.inf, 0, [value.detach().clone() for value in values]
+        for step in range(1, HEAD_STEPS + 1):
+            self._of_head(batches, after, torch.Tensor.backward)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                now = math.fsum(self._of_head(held_out, after_held_out, float))
+            if now < best:
+                best, kept, chosen = now, step, [value.detach().clone() for value in values]
+            elif step >= kept + HEAD_PATIENCE:
+                break
+        with torch.no_grad():
+            for value, good in zip(values, chosen, strict=True):
+                value.copy_(good)
+
+    def _of_head(
+        self,
+        batches: Sequence[Batch],
+        after: Sequence[torch.Tensor],
+        use: Callable[[torch.Tensor], T],
+    ) -> list[T]:
+        """Use the loss of each batch, of which only the head is computed."""
+        total = sum(map(self.on.task.targets, batches))
+        used = []
+        for batch, states in zip(batches, after, strict=True):
+            self._enter_after(len(self.on.blocks) - 1, states)
+            used.append(use(self._loss(batch, total)))
+        return used
 
     def losses(self, batches: Sequence[Batch]) -> tuple[Vector, Vector]:
         """Return the losses (R, 1 + L) of rows, full and without each layer, and the targets."""
@@ -299,7 +324,7 @@ def _squared_gradients(blocks: Sequence[nn.Module]) -> Iterator[list[float]]:
         def leave(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             states = _hidden(output)
             if states.requires_grad:
-                states.register_hook(note)
+                states.register_hook(note)  # type: ignore[no-untyped-call]
 
         return leave
 
