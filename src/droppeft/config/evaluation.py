@@ -15,7 +15,7 @@ class EvaluationConfig(Table):
     final_rows: Whole | None = Field(
         None, ge=1, description="test rows of the evaluation at the end; all if not given"
     )
-    batch_size: Whole = Field(64, ge=1, description="rows per forward pass")
+    batch_size: Whole = Field(16, ge=1, description="rows per forward pass")
     validation_clients: Whole = Field(
         3,
         ge=0,
