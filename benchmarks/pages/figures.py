@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks.pages.comparisons import read_parts
 from benchmarks.pages.convergence import RATES, read_grid_and_long
+from benchmarks.pages.gradient_fidelity import read_candidates
 from benchmarks.pages.studies import REMOVED, Seeds, gaps, label
 from benchmarks.study import read_table, read_values
 from droppeft.comparison.summary import VariantRow
@@ -329,12 +330,51 @@ def _loss_curve(axis: Any, own: Seeds, number: int) -> tuple[float, float, str]:
     return steps[-1], means[-1], look["color"]
 
 
+FAMILIES = {
+    "truncated": ("full depth", "truncated at 0, 1/2", "truncated at 0, 1/3, 2/3, 2/3"),
+    "upper layers": ("full depth", "upper half", "upper third"),
+    "… cached": ("upper half, cached", "upper third, cached"),
+    "detached": ("half detached",),
+    **{
+        f"skipped, {shape}": tuple(f"{part} skipped, {shape}" for part in parts)
+        for shape, parts in {
+            "uniform": ("a sixth", "a third", "half"),
+            "incremental": ("a sixth", "a third", "half"),
+            "calibrated": ("a sixth", "a third"),
+        }.items()
+    },
+    "as their means": ("a third as its mean", "half as its mean"),
+}
+"""Candidates of the study of gradients that are connected by a line."""
+
+
+def gradient_fidelity() -> Any:
+    """Decrease of the loss by a step at its best rate against its cost, after training."""
+    models = read_values("gradient_fidelity")["models"]
+    figure, axes = new_figure(4.0, len(models), sharey=True)
+    for axis, (name, model) in zip(axes, models.items(), strict=True):
+        found = {candidate: rows[-1] for candidate, rows in read_candidates(name).items()}
+        axis.plot((0, 1), (0, 1), color=INK, linestyle=":", linewidth=0.8)
+        for number, members in enumerate(FAMILIES.values()):
+            rows = [found[member] for member in members]
+            across = [row["cost"] for row in rows]
+            up = [row["best"] * row["cost"] for row in rows]
+            axis.plot(across, up, **looks(number), markersize=5)
+        axis.set(xlim=(0, 1.05), ylim=(-0.02, 1.08), xlabel="FLOPs of a step, full depth = 1")
+        title(axis, f"{name}, {model['layers']} layers, after {model['steps']} steps")
+    axes[0].set_ylabel("decrease by a step at its best rate")
+    axes[0].text(0.02, 0.04, "dotted: as much per FLOP as full depth", fontsize=8.5)
+    _key(axes[0], {family: number for number, family in enumerate(FAMILIES)}, 0.42, 0.3)
+    return figure
+
+
 DRAWINGS: dict[str, Callable[[], Any]] = {
     "contest": lambda: speed_ups("contest"),
     "contest_deep": lambda: speed_ups("contest_deep"),
     "convergence": convergence,
     "cost_model": cost_model,
     "frozen_layers": frozen_layers,
+    "gradient_fidelity": gradient_fidelity,
     "layer_dropout_cost": layer_dropout_cost,
     "settings": settings,
 }
