@@ -1,5 +1,6 @@
 """The estimates of the study of gradients on made-up gradients, and its layers in a tiny model."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from benchmarks.gradient_fidelity.candidates import FULL, candidates
 from benchmarks.gradient_fidelity.estimates import compared, summary
 from benchmarks.gradient_fidelity.layers import Mode, relative_cost, with_modes
 from droppeft.costs.step_counts import BlockCounts, StepCounts
-from droppeft.layer_dropout import find_blocks, gated
+from droppeft.layer_dropout import find_blocks
 from tiny import tiny_model
 
 BATCHES, VALUES = 5, 40
@@ -79,29 +80,26 @@ def test_the_cost_is_that_of_the_layers_that_run() -> None:
 
 
 def test_modes_of_layers_are_what_they_are_called() -> None:
-    model = tiny_model()
-    blocks = find_blocks(model)[1]
+    model = tiny_model().eval()
+    sliced = copy.deepcopy(model)
+    del sliced.bert.encoder.layer[1]
     batch = {"input_ids": torch.arange(4, 16).view(2, 6), "labels": torch.tensor([0, 1])}
 
-    def loss_and_gradient() -> tuple[float, torch.Tensor]:
+    def loss_and_gradient(model: Any) -> tuple[float, torch.Tensor]:
         model.zero_grad()
         loss = model(**batch).loss
         loss.backward()
         return float(loss.detach()), model.bert.embeddings.word_embeddings.weight.grad
 
-    plain = loss_and_gradient()
-    with gated(blocks) as gates:
-        gates.active = (True, False, True, True)
-        skipped = loss_and_gradient()
-    found = {}
-    with with_modes(blocks) as layers:
+    plain, without, found = loss_and_gradient(model), loss_and_gradient(sliced), {}
+    with with_modes(find_blocks(model)[1]) as layers:
         layers.means = [torch.zeros(32)] * 4
         for mode in Mode:
             layers.modes = (Mode.TRAIN, mode, Mode.TRAIN, Mode.TRAIN)
-            found[mode] = loss_and_gradient()
+            found[mode] = loss_and_gradient(model)
     assert found[Mode.TRAIN][0] == found[Mode.DETACHED][0] == plain[0]
     assert torch.equal(found[Mode.TRAIN][1], plain[1])
     assert not torch.allclose(found[Mode.DETACHED][1], plain[1], rtol=1e-3)
     for mode in (Mode.SKIP, Mode.MEAN):
-        assert found[mode][0] == skipped[0] != plain[0]
-        assert torch.equal(found[mode][1], skipped[1])
+        assert found[mode][0] == without[0] != plain[0]
+        assert torch.equal(found[mode][1], without[1])

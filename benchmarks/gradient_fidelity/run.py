@@ -93,7 +93,6 @@ def measure_candidates(stand: Stand, sizes: Sizes, place: Row) -> Tables:
         tables["calibration"] = [
             {**place, "layer": layer, "added_loss": loss} for layer, loss in enumerate(added)
         ]
-        layers.modes = layers.all_trained
         measuring = Measuring(stand, layers, sizes)
         full_rows: list[dict[str, Any]] = []
         for candidate in candidates(added):

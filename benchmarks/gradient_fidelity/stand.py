@@ -166,6 +166,7 @@ class Stand:
                 )
                 losses = [float(self.loss(batch)) for batch in self.calibration]
                 added.append(fmean(losses) - fmean(full))
+        layers.modes = layers.all_trained
         return added, [one / tokens for one in sums]
 
     def _counts(self, rows: int) -> StepCounts:
