@@ -86,9 +86,7 @@ def _from(start: int, layers: int, below: Mode = Mode.FORWARD) -> Modes:
     return (below,) * start + (Mode.TRAIN,) * (layers - start)
 
 
-def _exact(
-    layers: int, mean: float, shape: str, mode: Mode
-) -> Callable[[random.Random], Modes]:
+def _exact(layers: int, mean: float, shape: str, mode: Mode) -> Callable[[random.Random], Modes]:
     """An exact number of layers in a mode; the first and the last layer are protected."""
     rates = layer_rates(mean, shape, layers, protected=protected_ends(layers, 1, 1))
 

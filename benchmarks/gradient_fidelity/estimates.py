@@ -57,7 +57,7 @@ def summary(
     full: torch.Tensor,
     *,
     all_choices: bool,
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """What the pages show of a candidate.
 
     Args:
@@ -70,7 +70,8 @@ def summary(
     Returns:
         - cost: FLOPs of a step, as a share of full depth.
         - cosine: of g and f of the same batch, mean.
-        - expectation_cosine: of the expectations of g and f over batches and draws.
+        - expectation_cosine: of the expectations of g and f over batches and draws; `None` if noise
+          hides one of them. The estimates of their squared norms are beside it.
         - second_moment: mean square of g, as a share of that of f of the same batches.
         - draws_moment: the part of it that is the variance over the draws of a batch.
         - the values of `merits`, each with its standard error (`_error`) by the jackknife over
@@ -83,11 +84,13 @@ def summary(
     if not all_choices and drawn > 1:
         variance *= drawn / (drawn - 1)
     product = fmean(row["with_others"] for row in rows)
-    norms = square_of_expectation(means) * square_of_expectation(full)
+    norms = square_of_expectation(means), square_of_expectation(full)
     return {
         "cost": fmean(row["cost"] for row in rows),
         "cosine": fmean(cosine(row) for row in rows),
-        "expectation_cosine": product / math.sqrt(norms) if norms > 0 else 0.0,
+        "expectation_cosine": product / math.sqrt(math.prod(norms)) if min(norms) > 0 else None,
+        "expectation_square": norms[0],
+        "full_expectation_square": norms[1],
         "second_moment": squares / full_moment,
         "draws_moment": variance / full_moment,
         **_with_errors(merits, rows, full_rows),

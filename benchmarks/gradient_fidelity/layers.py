@@ -1,4 +1,4 @@
-"""What a layer does in a step of this study, and what a step costs in which layers do different things.
+"""What a layer does in a step of this study, and the cost of a step by what its layers do.
 
 Three modes are droppeft's (decision 0019). `MEAN` and `DETACHED` are of this study alone.
 """
@@ -119,9 +119,7 @@ class _PassedBy(torch.autograd.Function):
 
 
 @contextmanager
-def observing(
-    blocks: Sequence[nn.Module], mask: torch.Tensor
-) -> Iterator[list[torch.Tensor]]:
+def observing(blocks: Sequence[nn.Module], mask: torch.Tensor) -> Iterator[list[torch.Tensor]]:
     """Sum up, for each block, what it adds to the states of real tokens in the forwards inside.
 
     Args:

@@ -5,14 +5,14 @@
     ... --smoke              # a few batches; prints the result and writes nothing
 
 LoRA of rank 8 on the queries and values of all layers, frozen weights in bf16, no dropout modules.
-Gradients of 16 batches at full depth stand for the expected gradient. Each candidate (see
-`candidates.py`) computes gradients of the first 8 of these batches, with 2 draws of its layers in
+Gradients of 16 batches (SmolLM2: 12) at full depth stand for the expected gradient. Each candidate
+(see `candidates.py`) computes gradients of the first half of them, with 2 draws of its layers in
 each; where a draw only leaves out gradients of the lower layers, they are taken from those of full
 depth, for every possible draw. This is done with the initial values, where B is 0 and A therefore
 has no gradient, and again after 100 steps of AdamW at full depth on other texts.
 
 Before each, the loss that is added by skipping a layer, and the mean of what a layer adds to its
-input, are measured on 3 further batches, for the candidates that need them. FLOPs are counted from
+input, are measured on 2 further batches, for the candidates that need them. FLOPs are counted from
 shapes, for batches of the mean length.
 
 Writes the tables `result` (what the pages show), `draws` (a row per batch and draw) and
@@ -41,7 +41,7 @@ from benchmarks.study import about, read_table, read_values, was_measured, write
 NAME = "gradient_fidelity"
 TABLES = ("result", "draws", "calibration")
 SMOKE = Sizes(full=3, batches=2, draws=1, calibration=1, steps=2)
-SAID = ("cost", "cosine", "expectation_cosine", "second_moment", "best", "plain", "signs")
+SAID = ("cost", "cosine", "second_moment", "best", "best_error", "plain", "signs")
 
 Tables = dict[str, list[dict[str, Any]]]
 
@@ -158,7 +158,7 @@ def main() -> None:
         elif name in done:
             print(f"{name} has results already", flush=True)
         else:
-            write(name, *measure(name, Sizes()))
+            write(name, *measure(name, SUBJECTS[name].sizes))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A model with LoRA, texts that it is trained on, and other texts on which gradients are computed."""
+"""A model with LoRA, texts that it is trained on, and other texts to compute gradients of."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,24 +24,9 @@ from droppeft.tasks.task import Batch
 from droppeft.training.loop import computing_in, training_batches
 
 SETTINGS = (
-    *("training.precision=bf16", "training.schedule=constant", "training.max_length=128"),
+    *("training.precision=bf16", "training.schedule=constant"),
     *("training.head_learning_rate=0.01", "training.weight_decay=0.01", "seed=0"),
 )
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A model, the texts that it learns, and the rows of a step."""
-
-    data: str
-    batch_size: int
-    words: tuple[str, ...]
-
-
-SUBJECTS = {
-    "mpnet": Subject("ag_news", 16, ("model=mpnet", "adapter.targets=q,v")),
-    "smollm2": Subject("e2e_nlg", 6, ("model=smollm2", "task=causal_lm")),
-}
 
 
 @dataclass(frozen=True)
@@ -59,8 +44,31 @@ class Sizes:
     full: int = 16
     batches: int = 8
     draws: int = 2
-    calibration: int = 3
+    calibration: int = 2
     steps: int = 100
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, the texts that it learns, the rows of a step, and how much is measured."""
+
+    data: str
+    batch_size: int
+    words: tuple[str, ...]
+    sizes: Sizes = Sizes()
+
+
+SUBJECTS = {
+    "mpnet": Subject(
+        "ag_news", 16, ("model=mpnet", "adapter.targets=q,v", "training.max_length=64")
+    ),
+    "smollm2": Subject(
+        "e2e_nlg",
+        6,
+        ("model=smollm2", "task=causal_lm", "training.max_length=128"),
+        Sizes(full=12, batches=6),
+    ),
+}
 
 
 @dataclass(frozen=True)

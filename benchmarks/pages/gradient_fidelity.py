@@ -1,4 +1,4 @@
-"""Tables about gradients of cheaper steps: how close they are to full depth, and what they bring."""
+"""Tables about gradients of cheaper steps: how close to full depth, and what they bring."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -26,7 +26,7 @@ def gradient_fidelity(model: str) -> str:
     """Cost, cosines and second moment of each candidate, before and after training."""
     columns: dict[str, Callable[[Row], str]] = {
         "cosine, same batch": lambda row: f"{row['cosine']:.3f}",
-        "cosine of the expectations": lambda row: f"{row['expectation_cosine']:.3f}",
+        "cosine of the expectations": lambda row: _or_dash(row["expectation_cosine"]),
         "second moment (of draws)": lambda row: (
             f"{row['second_moment']:.2f} ({max(0.0, row['draws_moment']):.2f})"
         ),
@@ -66,6 +66,10 @@ def added_losses() -> str:
         median = ordered[len(ordered) // 2]["added_loss"]
         lines.append((model, str(steps), ends[0], f"{median:+.3f}", ends[1]))
     return markdown_table(("model", "after steps", "most", "median", "least"), lines)
+
+
+def _or_dash(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
 
 
 def _layers(rows: Sequence[Row]) -> str:
