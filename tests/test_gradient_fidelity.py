@@ -14,7 +14,7 @@ from droppeft.layer_dropout import find_blocks
 from tiny import tiny_model
 
 BATCHES, VALUES = 5, 40
-MERITS = ("best", "plain", "signs")
+MERITS = ("batch", "best", "plain", "signs")
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_no_gradient_is_worth_nothing(full: torch.Tensor) -> None:
 def test_the_best_rate_makes_up_for_the_length_of_a_gradient(full: torch.Tensor) -> None:
     found = summarised(full, 2 * full, cost=0.5)
     assert (found["cosine"], found["second_moment"]) == pytest.approx((1, 4))
-    assert [found[merit] for merit in MERITS] == pytest.approx([1 / 0.5, 2 / 0.5, 1 / 0.5])
+    assert [found[merit] for merit in MERITS] == pytest.approx([2, 2, 4, 2])
 
 
 def test_draws_without_bias_add_variance_alone(full: torch.Tensor) -> None:
@@ -65,7 +65,7 @@ def test_draws_without_bias_add_variance_alone(full: torch.Tensor) -> None:
     found = summarised(full, 2 * full, torch.zeros_like(full))
     assert found["expectation_cosine"] == pytest.approx(1)
     assert (found["second_moment"], found["draws_moment"]) == pytest.approx((2, 1))
-    assert [found[merit] for merit in MERITS] == pytest.approx([0.5, 1, 0.5])
+    assert [found[merit] for merit in MERITS] == pytest.approx([0.5, 0.5, 1, 0.5])
 
 
 def test_the_cost_is_that_of_the_layers_that_run() -> None:

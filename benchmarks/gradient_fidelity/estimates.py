@@ -101,20 +101,26 @@ def merits(rows: Sequence[Row], full_rows: Sequence[Row]) -> dict[str, float]:
     """Figures of merit, each divided by the cost and by its value at full depth.
 
     Returns:
-        - best: the expected decrease of the loss by a step of gradient descent at the best rate of
-          the candidate, if the loss curves alike in all directions: (E g·G)² / E|g|², which is
-          proportional to a squared cosine.
-        - plain: the first-order decrease at the same rate, E g·G.
-        - signs: the first-order decrease at the same rate if each value that has a gradient moves
-          by the same amount, as AdamW's first step does.
+        - batch: the decrease of the loss of the batch itself by a step of gradient descent at the
+          best rate of the candidate, if the loss curves alike in all directions:
+          (E g·f)² / E|g|², a squared cosine.
+        - best: the same for the expected loss, (E g·G)² / E|g|².
+        - plain: the first-order decrease of the expected loss at the same rate, E g·G.
+        - signs: the same if each value that has a gradient moves by the same amount, as AdamW's
+          first step does.
     """
     cost = fmean(row["cost"] for row in rows)
-    plain, moment, signs = (
+    batch, plain, moment, signs = (
         fmean(row[of] for row in rows) / fmean(row[of] for row in full_rows)
-        for of in ("with_others", "square", "sign_decrease")
+        for of in ("with_same", "with_others", "square", "sign_decrease")
     )
-    best = plain * abs(plain) / moment if moment else 0.0
-    return {"best": best / cost, "plain": plain / cost, "signs": signs / cost}
+    found = {
+        "batch": batch * abs(batch) / moment if moment else 0.0,
+        "best": plain * abs(plain) / moment if moment else 0.0,
+        "plain": plain,
+        "signs": signs,
+    }
+    return {name: value / cost for name, value in found.items()}
 
 
 def _with_errors(

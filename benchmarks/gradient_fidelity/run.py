@@ -5,14 +5,14 @@
     ... --smoke              # a few batches; prints the result and writes nothing
 
 LoRA of rank 8 on the queries and values of all layers, frozen weights in bf16, no dropout modules.
-Gradients of 16 batches (SmolLM2: 12) at full depth stand for the expected gradient. Each candidate
+Gradients of 16 batches (SmolLM2: 10) at full depth stand for the expected gradient. Each candidate
 (see `candidates.py`) computes gradients of the first half of them, with 2 draws of its layers in
 each; where a draw only leaves out gradients of the lower layers, they are taken from those of full
 depth, for every possible draw. This is done with the initial values, where B is 0 and A therefore
 has no gradient, and again after 100 steps of AdamW at full depth on other texts.
 
 Before each, the loss that is added by skipping a layer, and the mean of what a layer adds to its
-input, are measured on 2 further batches, for the candidates that need them. FLOPs are counted from
+input, are measured on further batches, for the candidates that need them. FLOPs are counted from
 shapes, for batches of the mean length.
 
 Writes the tables `result` (what the pages show), `draws` (a row per batch and draw) and

@@ -65,8 +65,11 @@ SUBJECTS = {
     "smollm2": Subject(
         "e2e_nlg",
         6,
-        ("model=smollm2", "task=causal_lm", "training.max_length=128"),
-        Sizes(full=12, batches=6),
+        (
+            *("model=smollm2", "task=causal_lm", "training.max_length=128"),
+            *("source.train=validation", "source.test=test"),
+        ),
+        Sizes(full=10, batches=5, calibration=1),
     ),
 }
 

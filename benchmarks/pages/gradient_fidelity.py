@@ -37,8 +37,8 @@ def gradient_fidelity(model: str) -> str:
 def gradient_merits(model: str) -> str:
     """Figures of merit per cost of each candidate, full depth being 1."""
     columns = {
-        "best rate": _with_error("best"),
-        "same rate": _with_error("plain"),
+        "batch": _with_error("batch"),
+        "expected": _with_error("best"),
         "signs": _with_error("signs"),
     }
     return _table(read_candidates(model), columns, with_cost=True)
