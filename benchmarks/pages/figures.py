@@ -349,7 +349,7 @@ FAMILIES = {
 
 
 def gradient_fidelity() -> Any:
-    """Decrease of the loss by a step at its best rate against its cost, after training."""
+    """Squared cosine with full depth on the same batch against the cost, after training."""
     models = read_values("gradient_fidelity")["models"]
     figure, axes = new_figure(4.0, len(models), sharey=True)
     for axis, (name, model) in zip(axes, models.items(), strict=True):
@@ -358,13 +358,13 @@ def gradient_fidelity() -> Any:
         for number, members in enumerate(FAMILIES.values()):
             rows = [found[member] for member in members]
             across = [row["cost"] for row in rows]
-            up = [row["best"] * row["cost"] for row in rows]
+            up = [row["batch"] * row["cost"] for row in rows]
             axis.plot(across, up, **looks(number), markersize=5)
         axis.set(xlim=(0, 1.05), ylim=(-0.02, 1.08), xlabel="FLOPs of a step, full depth = 1")
         title(axis, f"{name}, {model['layers']} layers, after {model['steps']} steps")
-    axes[0].set_ylabel("decrease by a step at its best rate")
-    axes[0].text(0.02, 0.04, "dotted: as much per FLOP as full depth", fontsize=8.5)
-    _key(axes[0], {family: number for number, family in enumerate(FAMILIES)}, 0.42, 0.3)
+    axes[0].set_ylabel("squared cosine, same batch")
+    axes[0].text(0.08, -0.01, "dotted: as much per FLOP as full depth", fontsize=8.5)
+    _key(axes[0], {family: number for number, family in enumerate(FAMILIES)}, 0.29, 0.33)
     return figure
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.pages.markdown import markdown_table
+from benchmarks.pages.speed import NOT_MEASURED
 from benchmarks.study import read_table
 
 Row = Mapping[str, Any]
@@ -87,6 +88,8 @@ def _table(
     with_cost: bool,
 ) -> str:
     """A row per candidate, with each column at the start and after training."""
+    if not found:
+        return NOT_MEASURED
     first = next(iter(found.values()))
     points = ["start" if not row["after_steps"] else f"{row['after_steps']} steps" for row in first]
     heads = [f"{name}, {point}" for name in columns for point in points]
