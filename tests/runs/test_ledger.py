@@ -184,8 +184,8 @@ def test_a_round_is_summarised() -> None:
         validation_loss=0.6,
         train_loss=0.75,
         mean_active_layers=(6 + 18) / (2 + 6),  # over steps, not over clients
-        mean_forward_layers=32 / 128,  # over the tokens of two clients
-        mean_skipped_layers=(64 + 32) / 128,
+        mean_forward_layers=(4 * 8 - 24) * (32 / 128) / 8,  # by tokens, of what was not trained
+        mean_skipped_layers=(4 * 8 - 24) * (96 / 128) / 8,
         activation_bytes_peak=100,
         upload_bytes=36 + 8,  # nine values of 4 bytes, and two
         download_bytes=3 * 36 + 7,

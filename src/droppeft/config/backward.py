@@ -8,7 +8,7 @@ from droppeft.config.table import Real, Table
 
 
 class BackwardConfig(Table):
-    """How deep the backward pass of a step reaches; used by methods that drop layers."""
+    """How deep the backward pass of a step reaches; used by the method `droppeft`."""
 
     depths: tuple[Annotated[Real, Field(gt=0, le=1)], ...] = Field(
         (1.0,),

@@ -17,6 +17,7 @@ from droppeft.files import as_json, sync
 from droppeft.messages.encoding import tensor_bytes
 from droppeft.messages.instruction import Instruction, instruction_bytes
 from droppeft.messages.reply import Failure, Reply, Update
+from droppeft.runs.layers_by_mode import forward_and_skipped
 
 SCHEMA_VERSION = 9
 
@@ -41,7 +42,7 @@ class RoundRow:
         mean_active_layers: layers that were trained per step, mean over all steps of accepted
             clients.
         mean_forward_layers, mean_skipped_layers: layers that ran forward only, and that were
-            skipped, per token, mean over all tokens of accepted clients.
+            skipped, per step, mean over all steps of accepted clients.
         activation_bytes_peak: most bytes stored for the backward pass in a step of any client.
         upload_bytes, download_bytes: size of the tensors of all updates that passed validation, and
             of all instructions, those that ask for ``validation_loss`` included.
@@ -275,7 +276,7 @@ def round_row(
     received = [reply for reply in closed.checked_replies if isinstance(reply, Update)]
     updates, modelled = closed.accepted, closed.modelled
     steps = sum(update.steps for update in updates)
-    forward, skipped = _other_modes(closed)
+    forward, skipped = forward_and_skipped(closed.instructions, closed.replies)
     slowest_s = max((update.cost.total_wall_s for update in updates), default=0.0)
     return RoundRow(
         round=closed.round,
@@ -334,19 +335,6 @@ def private_row(row: RoundRow, epsilon: float) -> RoundRow:
         importance=[],
         epsilon=epsilon,
     )
-
-
-def _other_modes(closed: ClosedRound) -> tuple[float | None, float | None]:
-    """Mean numbers of layers that ran forward only, and that were skipped, over all tokens."""
-    tokens = forward = skipped = 0
-    for instruction, update in zip(closed.instructions, closed.replies, strict=True):
-        if isinstance(update, Update):
-            cost, first = update.cost, instruction.frozen
-            ran = sum(cost.layer_tokens[first:]) + sum(cost.forward_tokens[first:])
-            tokens += cost.tokens
-            forward += sum(cost.forward_tokens)
-            skipped += cost.tokens * len(cost.layer_tokens[first:]) - ran
-    return (forward / tokens, skipped / tokens) if tokens else (None, None)
 
 
 def _upload_bytes(closed: ClosedRound) -> int:
