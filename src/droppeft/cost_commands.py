@@ -94,7 +94,8 @@ def estimate(
 
     from droppeft.report import show_estimate as report
     from droppeft.report.screen import Screen
-    from droppeft.resources.estimate import combinations, limits
+    from droppeft.resources.device_limits import limits
+    from droppeft.resources.estimate import combinations
 
     console = Console(stderr=True) if as_json else Console()
     with Screen(console) as screen:

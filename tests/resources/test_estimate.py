@@ -18,16 +18,14 @@ from droppeft.config import Config, build_config, load_config
 from droppeft.costs.device_profiles import PROFILES
 from droppeft.costs.step_memory import Memory
 from droppeft.errors import DroppeftError
+from droppeft.resources.device_limits import Limits, limits, parse_bytes
 from droppeft.resources.estimate import (
     GRID,
-    Limits,
     Option,
     combinations,
     least_savings,
-    limits,
     mean_flops,
     option,
-    parse_bytes,
 )
 from refusals import refused
 from tiny import save_tiny_model

@@ -32,13 +32,12 @@ from droppeft.models import precision
 from droppeft.tasks.classification import Batch, Classification
 from droppeft.training import loop
 from droppeft.training.gradients import Gradients
+from droppeft.training.learning_rates import SCHEDULES, rate_factor
 from droppeft.training.loop import (
-    SCHEDULES,
     Step,
     Trainable,
     TrainOutcome,
     evaluate,
-    rate_factor,
     train,
     training_batches,
 )

@@ -25,7 +25,8 @@ from droppeft.messages.reply import CachedLayersCost
 from droppeft.messages.tensors import HEAD, Tensors
 from droppeft.models.precision import autocast
 from droppeft.training.deadline import Deadline
-from droppeft.training.loop import Step, TrainOutcome, rate_factor, train, training_batches
+from droppeft.training.learning_rates import rate_factor
+from droppeft.training.loop import Step, TrainOutcome, train, training_batches
 
 
 def train_locally(

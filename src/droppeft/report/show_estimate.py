@@ -17,7 +17,8 @@ from droppeft.config import Config
 from droppeft.errors import DroppeftError
 from droppeft.quantities import bytes_text, counted
 from droppeft.report.progress import bar
-from droppeft.resources.estimate import Limits, Option, counted_on, least_savings, option
+from droppeft.resources.device_limits import Limits
+from droppeft.resources.estimate import Option, counted_on, least_savings, option
 
 SCHEMA_VERSION = 1
 

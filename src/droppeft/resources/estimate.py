@@ -6,7 +6,6 @@ Ours. No weights are loaded and nothing is trained: costs are counted
 
 import itertools
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -28,7 +27,6 @@ from droppeft.config import (
 from droppeft.config.exclusive import EXCLUSIVE
 from droppeft.config.frozen import HALF
 from droppeft.config.task_detection import detected_task
-from droppeft.costs.device_profiles import profile_named
 from droppeft.costs.fake_step import FakeModel, count_step
 from droppeft.costs.modelled_clock import compute_seconds
 from droppeft.costs.step_counts import StepCounts
@@ -41,6 +39,7 @@ from droppeft.methods.droppeft import configured_rates
 from droppeft.methods.rules import given
 from droppeft.methods.step_settings import STEP_METHOD, check_step_settings, step_of
 from droppeft.models.sources import find_source
+from droppeft.resources.device_limits import Limits
 from droppeft.resources.model_shape import check_runnable, model_shape
 
 GRID: dict[str, tuple[str, ...]] = {
@@ -63,23 +62,6 @@ RIVALS_OF_THE_MEAN = {f"dropout.{key}" for key in EXCLUSIVE["dropout"]} - {"drop
 
 WORST_OF_STEPS = 1000
 """With ``dropout.sampling=bernoulli`` memory is that of the worst of this number of steps."""
-
-UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Limits of a device.
-
-    Attributes:
-        memory_bytes: memory of the whole training process.
-        step_s: longest time of a step in seconds, or ``None`` for no limit.
-        profile: the device profile whose time is modelled, or ``None``.
-    """
-
-    memory_bytes: float
-    step_s: float | None
-    profile: DeviceProfile | None
 
 
 @dataclass(frozen=True)
@@ -138,36 +120,6 @@ class Option:
         if limits.step_s is not None and self.step_s is not None:
             parts.append(self.step_s / limits.step_s)
         return max(parts)
-
-
-def limits(
-    memory: str | None,
-    step_s: float | None,
-    profile: str | None,
-    custom: Mapping[str, DeviceProfile],
-) -> Limits:
-    """Read limits from the options of the command line.
-
-    Args:
-        memory: a size; ``None`` for the memory of the device profile.
-        step_s: longest time of a step in seconds; ``None`` for no limit.
-        profile: name of a device profile, or ``None``.
-        custom: profiles that the configuration defines.
-
-    Raises:
-        DroppeftError: there is neither memory nor profile, a time limit has no profile, or the
-            profile is unknown.
-    """
-    known = profile_named(profile, custom) if profile is not None else None
-    if step_s is not None and profile is None:
-        raise DroppeftError("--seconds needs --profile, which says how fast the device is")
-    if memory is not None:
-        return Limits(parse_bytes(memory), step_s, known)
-    if known is None:
-        raise DroppeftError(
-            "the device's memory is unknown; give --memory 8GB or --profile jetson_tx2"
-        )
-    return Limits(known.memory_bytes, step_s, known)
 
 
 def combinations(
@@ -353,21 +305,6 @@ def _large_first(option: Option) -> tuple[int, int]:
 
 def _effort(option: Option) -> tuple[float, ...]:
     return sum(saving > 0 for saving in option.savings), *option.savings
-
-
-def parse_bytes(text: str) -> int:
-    """Read a memory size such as ``8GB`` or ``7.5 GiB``.
-
-    Raises:
-        DroppeftError: the text is not a memory size, or it has no unit.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    if match is None or match[2].lower() not in UNITS or float(match[1]) == 0:
-        raise DroppeftError(
-            f"--memory {text!r} is not a memory size; write it with its unit, as 8GB, 7.5GiB or "
-            "512MB"
-        )
-    return int(float(match[1]) * UNITS[match[2].lower()])
 
 
 FakeModelKey = tuple[str, str, str, str, str, str, bool]

@@ -11,8 +11,9 @@ def forward_and_skipped(
 ) -> tuple[float | None, float | None]:
     """Return both numbers, mean over the steps of all updates; ``None`` without a step.
 
-    With the layers that a step trained and the cached ones they add up to all layers. Clients report
-    tokens, not steps: the layers that were not trained are divided between the two by their tokens.
+    With the layers that a step trained and the cached ones they add up to all layers. Clients
+    report tokens, not steps: the layers that were not trained are divided between the two by their
+    tokens.
 
     Args:
         instructions: of a round.

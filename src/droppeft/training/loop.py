@@ -7,10 +7,9 @@ Evaluation runs all layers. The loops are ours.
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,6 @@ from torch import nn
 from torch.nn.utils import clip_grads_with_norm_
 
 from droppeft.adapters.by_layer import Parameters
-from droppeft.adapters.tensor_names import LORA_B
 from droppeft.adapters.training_mode import inputs_as_they_are, set_training_mode
 from droppeft.cached_layers.cached_layers import CachedLayers
 from droppeft.data.texts import Rows
@@ -28,7 +26,7 @@ from droppeft.layer_dropout import gated
 from droppeft.layer_dropout.modes import Mode
 from droppeft.layer_dropout.module_attributes import own_layerdrop_off
 from droppeft.messages.instruction import TASK_ALONE, Budget, LocalTraining, Objective
-from droppeft.messages.tensors import HEAD, Tensors
+from droppeft.messages.tensors import Tensors
 from droppeft.models.half_attention import fast_half_attention
 from droppeft.models.key_value_cache import without_cache
 from droppeft.models.precision import autocast, loss_scaler, optimizer_step
@@ -37,6 +35,7 @@ from droppeft.training.activation_memory import ActivationMeter
 from droppeft.training.checkpointing import checkpointed
 from droppeft.training.deadline import Deadline
 from droppeft.training.gradients import GradientMoments, Gradients, total_norm
+from droppeft.training.learning_rates import parameter_groups, set_learning_rates
 from droppeft.training.objectives import Terms
 
 
@@ -211,7 +210,7 @@ class _Loop:
     def __init__(self, on: Trainable, settings: LocalTraining, terms: Terms) -> None:
         self.on, self.settings, self.terms = on, settings, terms
         self.optimizer = torch.optim.AdamW(
-            _groups(on.parameters, settings), weight_decay=settings.weight_decay
+            parameter_groups(on.parameters, settings), weight_decay=settings.weight_decay
         )
         self.scaler = loss_scaler(settings.precision, on.task.device)
         self.gradients = Gradients(on.parameters, len(on.blocks), on.task.device)
@@ -244,7 +243,7 @@ class _Loop:
         self.scaler.unscale_(self.optimizer)
         norms = self.gradients.norms()
         self.terms.add_gradients()
-        _set_learning_rates(self.optimizer, step.rate_factor)
+        set_learning_rates(self.optimizer, step.rate_factor)
         clip_grads_with_norm_(trained, self.settings.clip_norm, total_norm(trained))
         stepped = optimizer_step(self.optimizer, self.scaler)
         self.optimizer.zero_grad(set_to_none=True)
@@ -317,25 +316,6 @@ def training_batches(
     return batches
 
 
-def rate_factor(settings: LocalTraining, progress: float) -> float:
-    """Return the factor of the peak learning rates at a point of the run (0 start, 1 end).
-
-    After a linear warm-up it follows the schedule.
-    """
-    if progress < settings.warmup_fraction:
-        return progress / settings.warmup_fraction
-    rest = (progress - settings.warmup_fraction) / (1 - settings.warmup_fraction)
-    return SCHEDULES[settings.schedule](rest)
-
-
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "constant": lambda rest: 1.0,
-    "linear": lambda rest: 1.0 - rest,
-    "cosine": lambda rest: 0.5 * (1.0 + math.cos(math.pi * rest)),
-}
-"""Factor of the peak rate, by the fraction of the run after warm-up that has passed."""
-
-
 class _Totals:
     """Sums over the steps of a local training."""
 
@@ -389,38 +369,3 @@ class _Totals:
             activation_bytes_peak=peak_bytes,
             wall_s=wall_s,
         )
-
-
-def _groups(parameters: Parameters, settings: LocalTraining) -> list[dict[str, Any]]:
-    """Return AdamW's parameter groups, one for each learning rate.
-
-    The head's last linear layer has a rate of its own, because it starts from random values. So has
-    LoRA's B (LoRA+, arXiv:2402.12354), unless its rate is that of A.
-    """
-    output = _output_names(parameters)
-    groups: dict[float, list[nn.Parameter]] = {}
-    for values in parameters.values():
-        for name, value in values.items():
-            groups.setdefault(_peak_rate(name, output, settings), []).append(value)
-    return [{"params": values, "lr": peak, "peak": peak} for peak, values in groups.items()]
-
-
-def _peak_rate(name: str, output: set[str], settings: LocalTraining) -> float:
-    if name in output:
-        return settings.head_learning_rate
-    return settings.learning_rate * (settings.loraplus_lr_ratio if LORA_B in name else 1.0)
-
-
-def _output_names(parameters: Parameters) -> set[str]:
-    """Return the names of the head's last linear layer.
-
-    This is ``out_proj`` in RoBERTa's head, else everything but a pooler.
-    """
-    head = parameters.get(HEAD, {})
-    last = {name for name in head if ".out_proj." in name}
-    return last or {name for name in head if ".pooler." not in name}
-
-
-def _set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * factor
