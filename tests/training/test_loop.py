@@ -30,7 +30,7 @@ from droppeft.messages.instruction import (
 from droppeft.messages.tensors import HEAD, Tensors
 from droppeft.models import precision
 from droppeft.tasks.classification import Batch, Classification
-from droppeft.training import loop
+from droppeft.training import learning_rates, loop
 from droppeft.training.gradients import Gradients
 from droppeft.training.learning_rates import SCHEDULES, rate_factor
 from droppeft.training.loop import (
@@ -705,7 +705,9 @@ def test_evaluation_in_half_precision_is_close_but_not_equal(precision: str) -> 
 )
 def test_only_the_last_linear_layer_has_the_head_s_rate(names: list[str], output: set[str]) -> None:
     head = {name: nn.Parameter(torch.zeros(1)) for name in names}
-    assert loop._output_names({0: {"a": nn.Parameter(torch.zeros(1))}, HEAD: head}) == output
+    assert (
+        learning_rates._output_names({0: {"a": nn.Parameter(torch.zeros(1))}, HEAD: head}) == output
+    )
 
 
 def test_batches_without_rows_are_refused() -> None:
