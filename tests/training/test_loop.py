@@ -30,7 +30,7 @@ from droppeft.messages.instruction import (
 from droppeft.messages.tensors import HEAD, Tensors
 from droppeft.models import precision
 from droppeft.tasks.classification import Batch, Classification
-from droppeft.training import learning_rates, loop
+from droppeft.training import learning_rates
 from droppeft.training.gradients import Gradients
 from droppeft.training.learning_rates import SCHEDULES, rate_factor
 from droppeft.training.loop import (
