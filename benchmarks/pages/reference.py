@@ -18,7 +18,12 @@ from droppeft.adapters.types import TYPES
 from droppeft.cli import app
 from droppeft.client.node_file import NodeFile
 from droppeft.config import Bandwidth, Config, flat
-from droppeft.config.defaults import BUILTIN_DEFAULTS, METHOD_DEFAULTS, TASK_DEFAULTS
+from droppeft.config.defaults import (
+    BUILTIN_DEFAULTS,
+    DEFAULTS_OF_METHOD_AND_TASK,
+    METHOD_DEFAULTS,
+    TASK_DEFAULTS,
+)
 from droppeft.config.describing import Setting, all_settings, plain, settings_of
 from droppeft.costs.device_profiles import PROFILES
 from droppeft.costs.modelled_clock import compute_seconds
@@ -320,7 +325,11 @@ def _settings_table(settings: Iterable[Setting]) -> str:
 
 
 def defaults_of_methods() -> str:
-    return _defaults("method", METHOD_DEFAULTS)
+    both = {
+        f"{method} task={task}": tables
+        for (method, task), tables in DEFAULTS_OF_METHOD_AND_TASK.items()
+    }
+    return _defaults("method", {**METHOD_DEFAULTS, **both})
 
 
 def defaults_of_tasks() -> str:

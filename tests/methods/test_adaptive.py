@@ -22,12 +22,24 @@ from tiny import save_tiny_model
 pytestmark = pytest.mark.usefixtures("state")
 
 ADAPTIVE = METHODS["adaptive"]
-SPELT_OUT = (
-    "method=droppeft",
+BY_VALUE = (
+    "adapter.rank=8",
+    "frozen.layers=0",
     "configurator.policy=layer_values",
     "configurator.means=[0]",
     "configurator.depths=[[1], [1, 0.67, 0.33, 0.33], [0.5], [0.33]]",
     "configurator.steps=[1, 0.5, 0.25]",
+)
+"""What the method does with language models."""
+
+SPELT_OUT = (
+    "method=droppeft",
+    "adapter.rank=16",
+    "frozen.layers=3",
+    "frozen.cache=false",
+    "configurator.policy=budgeted_thompson",
+    "configurator.means=[0]",
+    "configurator.depths=[[1], [0.66]]",
 )
 
 
@@ -56,23 +68,28 @@ def test_it_is_droppeft_with_these_settings(
     assert result["adapter_sha256"] == expected["adapter_sha256"]
     short, long = [rows_of(run / "rounds.jsonl") for run in (adaptive_run, tmp_path / "long")]
     assert [row["notes"] for row in short] == [row["notes"] for row in long]
-    values = [row["notes"]["layer_values"] for row in short]
-    assert all(sum(row) == pytest.approx(6) for row in values)
-    assert values[0] != values[1] != values[2]
+    assert {arm for row in short for arm in row["notes"]["chosen"].values()} == {0, 1}
 
 
 def test_a_resumed_run_goes_on_with_the_values_of_layers(
-    overrides: list[str], adaptive_run: Path, tmp_path: Path
+    overrides: list[str], tmp_path: Path
 ) -> None:
-    stop_after_a_round([*overrides, "method=adaptive"], tmp_path / "run")
+    words = [*overrides, "method=adaptive", *BY_VALUE]
+    start_run(load_config(None, words), tmp_path / "whole", Recorder())
+    stop_after_a_round(words, tmp_path / "run")
     resume_run(tmp_path / "run", Recorder())
-    assert outcome(tmp_path / "run") == outcome(adaptive_run)
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+    notes = [row["notes"] for row in rows_of(tmp_path / "whole" / "rounds.jsonl")]
+    values = [note["layer_values"] for note in notes]
+    assert all(sum(row) == pytest.approx(6) for row in values)
+    assert values[0] != values[1] != values[2]
 
 
 def test_slow_clients_train_less_and_two_clients_train_every_layer() -> None:
     """Of four layers, upper ones are worth more; a round must not wait for the slow clients."""
     setup = setup_for(
         "method=adaptive",
+        *BY_VALUE,
         "clock.profiles=jetson_tx2,jetson_agx_xavier",
         "training.local_steps=100",
     )
@@ -117,11 +134,20 @@ def test_settings_that_make_it_another_method_are_refused(override: str, message
 
 def test_defaults_of_a_method_apply_if_a_setting_is_not_given() -> None:
     default = load_config(None, ["method=adaptive"])
+    assert (default.frozen.layers, default.frozen.cache, default.dropout.mean) == (
+        "half",
+        False,
+        0.0,
+    )
     chosen = default.configurator
-    assert (default.dropout.mean, chosen.policy, chosen.means) == (0.0, "layer_values", (0.0,))
+    assert (chosen.policy, chosen.depths) == ("budgeted_thompson", ((1.0,), (0.66,)))
     given = load_config(None, ["method=adaptive", "frozen.layers=1", "configurator.depths=[[1]]"])
-    assert (given.frozen.layers, given.configurator.depths) == (1, ((1.0,),))
-    assert given.configurator.policy == "layer_values"
+    assert (given.frozen.layers, given.frozen.cache) == (1, False)
+    assert given.configurator.depths == ((1.0,),)
+    assert given.configurator.policy == "budgeted_thompson"
+    language = load_config(None, ["method=adaptive", "task=causal_lm", "configurator.steps=[1]"])
+    assert (language.frozen.layers, language.adapter.rank) == (0, 8)
+    assert (language.configurator.policy, language.configurator.steps) == ("layer_values", (1.0,))
     assert load_config(None, ["method=fedlora"]).frozen.layers == 0
 
 

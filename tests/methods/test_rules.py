@@ -41,7 +41,7 @@ IGNORED = [
         "configurator.steps has no effect with training.local_epochs=1; they are shares of",
     ),
     (
-        "method=adaptive configurator.reward=loss",
+        "method=adaptive configurator.policy=layer_values configurator.reward=loss",
         "configurator.reward has no effect with configurator.policy=layer_values, which needs no",
     ),
     ("method=fedia3 training.loraplus_lr_ratio=4", "has no effect with adapter.type=ia3"),

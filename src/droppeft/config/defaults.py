@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from droppeft.config.exclusive import EXCLUSIVE
+from droppeft.config.frozen import HALF
 
 DEFAULT_METHOD = "adaptive"
 DEFAULT_TASK: Literal["classification"] = "classification"
@@ -13,12 +14,14 @@ DEFAULT_COHORT_SIZE = 5
 # Defaults of a method that differ from the general ones, by table.
 METHOD_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
     "adaptive": {
+        # As many parameters in half of the layers as rank 8 has in all of them.
+        "adapter": {"type": "lora", "rank": 16},
         "dropout": {"mean": 0.0, "protect_first": 0, "protect_last": 0},
+        "frozen": {"layers": HALF, "cache": False},
         "configurator": {
-            "policy": "layer_values",
+            "policy": "budgeted_thompson",
             "means": (0.0,),
-            "depths": ((1.0,), (1.0, 0.67, 0.33, 0.33), (0.5,), (0.33,)),
-            "steps": (1.0, 0.5, 0.25),
+            "depths": ((1.0,), (0.66,)),
         },
     },
     "fedadapter": {"adapter": {"type": "bottleneck"}},
@@ -32,12 +35,32 @@ METHOD_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
     "fedbitfit": {"adapter": {"type": "beft", "targets": ("all-linear",)}},
 }
 
+# The same for a task: these win over the method's.
+DEFAULTS_OF_METHOD_AND_TASK: dict[tuple[str, str], dict[str, dict[str, Any]]] = {
+    # Language models need their lower layers more than encoders do (docs/benchmarks/layer-modes.md).
+    ("adaptive", "causal_lm"): {
+        "adapter": {"type": "lora", "rank": 8},
+        "frozen": {"layers": 0},
+        "configurator": {
+            "policy": "layer_values",
+            "depths": ((1.0,), (1.0, 0.67, 0.33, 0.33), (0.5,), (0.33,)),
+            "steps": (1.0, 0.5, 0.25),
+        },
+    },
+}
+
 # Defaults of a task that differ from the general ones, by table; they win over the method's.
 TASK_DEFAULTS: dict[str, dict[str, Any]] = {
     "classification": {},
     "causal_lm": {
         "model": "smollm2",
-        "training": {"batch_size": 8, "learning_rate": 1e-3, "max_length": 256},
+        # docs/benchmarks/recipe.md
+        "training": {
+            "batch_size": 8,
+            "learning_rate": 1e-3,
+            "loraplus_lr_ratio": 16.0,
+            "max_length": 256,
+        },
         "partition": {"kind": "iid"},
         "evaluation": {"rows": 50, "final_rows": 200, "batch_size": 8},
     },
@@ -69,7 +92,8 @@ def with_defaults(value: Mapping[str, Any]) -> Mapping[str, Any]:
     for defaults in (
         _defaults_with_privacy(value),
         _defaults_of_the_task(value),
-        METHOD_DEFAULTS.get(str(value.get("method", DEFAULT_METHOD)), {}),
+        DEFAULTS_OF_METHOD_AND_TASK.get(_method_and_task(value), {}),
+        METHOD_DEFAULTS.get(_method_and_task(value)[0], {}),
     ):
         value = {
             **value,
@@ -101,6 +125,10 @@ def _defaults_of_the_task(given: Mapping[str, Any]) -> dict[str, Any]:
     if given.get("data", "builtin") != "builtin" or _kind_of(given) == "sites":
         return defaults
     return {**defaults, **BUILTIN_DEFAULTS.get(str(task), {})}
+
+
+def _method_and_task(given: Mapping[str, Any]) -> tuple[str, str]:
+    return str(given.get("method", DEFAULT_METHOD)), str(given.get("task", DEFAULT_TASK))
 
 
 def _kind_of(value: Mapping[str, Any]) -> object:

@@ -1,14 +1,19 @@
 """Adaptive: each client trains what helps the model most in the time that it has. Ours.
 
-No layer is dropped and all layers are shared. What differs between clients is how deep the backward
-pass of their steps reaches (always the whole depth, a depth that changes from step to step, or the
-upper layers alone), and how many of the local steps they take. In every round, the server gives
-each client the combination with which the cohort gains most per second of the round, which lasts as
-long as its slowest client; a client never gets what its memory cannot hold.
+No layer is dropped and all trained layers are shared. What differs between clients is how deep the
+backward pass of their steps reaches (always the whole depth, a depth that changes from step to
+step, or the last layers alone) and, for language models, how many of the local steps they take. In
+every round, the server gives each client the combination with which the cohort gains most per
+second of the round, which lasts as long as its slowest client; a client never gets what its memory
+cannot hold.
 
-What a combination is worth is the sum of what its layers are worth, and the updates of every round
-tell that (:mod:`droppeft.bandit.layer_values`). At first all layers are worth the same. At least
-two clients of a round train all layers, so that none is left as it is.
+For classification the lower half of the layers is frozen on all clients, and a client trains all or
+two thirds of the upper layers; what these are worth is learnt from the rewards of whole local
+trainings (docs/benchmarks/ablation.md). Language models need their lower layers more, so that
+all layers have an adapter. What a combination is worth is then the sum of what its layers are
+worth, and the updates of every round tell that (:mod:`droppeft.bandit.layer_values`). At first all
+layers are worth the same. At least two clients of a round train all layers, so that none is left as
+it is.
 """
 
 from dataclasses import replace
@@ -39,7 +44,7 @@ def _check(config: Config) -> None:
 ADAPTIVE = replace(
     DROPPEFT,
     name="adaptive",
-    summary="layers and steps by what they are worth and by the speed of each client",
+    summary="as many layers (and for language models, steps) as suit each kind of device",
     tables=frozenset({"configurator", "frozen", "server"}),
     check=_check,
     has_global_model=lambda config: True,
