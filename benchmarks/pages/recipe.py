@@ -37,7 +37,7 @@ def recipes(model: str) -> str:
 
 
 def _recipe(row: Row) -> tuple[str, ...]:
-    name = NAMES.get(row["start"], row["start"])
+    name = NAMES.get(row["start"]) or str(row["start"])
     if row["targets"] != "default":
         name += ", all linear maps"
     rates = (row["rate"], row["rate"] * row["ratio"])

@@ -37,7 +37,7 @@ METHOD_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
 
 # The same for a task: these win over the method's.
 DEFAULTS_OF_METHOD_AND_TASK: dict[tuple[str, str], dict[str, dict[str, Any]]] = {
-    # Language models need their lower layers more than encoders do (docs/benchmarks/layer-modes.md).
+    # docs/benchmarks/layer-modes.md
     ("adaptive", "causal_lm"): {
         "adapter": {"type": "lora", "rank": 8},
         "frozen": {"layers": 0},
