@@ -10,7 +10,15 @@ from droppeft.config import load_config, resolve, resolve_layers
 from droppeft.costs.device_profiles import make_fleet
 from droppeft.costs.modelled_clock import Arithmetic
 from droppeft.costs.step_counts import BlockCounts, StepCounts
-from droppeft.messages.instruction import AdapterSpec, Budget, Instruction, LocalTraining, Objective
+from droppeft.layer_dropout import Mode
+from droppeft.messages.instruction import (
+    AdapterSpec,
+    Budget,
+    Instruction,
+    LocalTraining,
+    Objective,
+    modes_of,
+)
 from droppeft.messages.reply import MeasuredCost, Update
 from droppeft.messages.tensors import HEAD, Array, Layout, Tensors, flatten, restrict
 from droppeft.methods import Setup
@@ -159,17 +167,26 @@ def update_for(instruction: Instruction, value: float = 5.0, **changes: Any) -> 
         examples=8,
         targets=changes.get("examples", 8),
         steps=2,
-        active_steps=(2, 1, 1, 2),
+        active_steps=_where_trained(instruction, (2, 1, 1, 2)),
         importance=(0.1, 0.2, 0.3, 0.4),
         train_loss=0.7,
         reward=None,
-        cost=COST
-        if instruction.personal_adapter is None
-        else replace(COST, personal_steps=2, personal_tokens=64),
+        cost=replace(
+            COST,
+            layer_tokens=_where_trained(instruction, COST.layer_tokens),
+            personal_steps=0 if instruction.personal_adapter is None else 2,
+            personal_tokens=0 if instruction.personal_adapter is None else 64,
+        ),
         shared=None if rule is None else tuple(range(count)),
         scores=None if rule is None else (0.0,) * LAYERS,
     )
     return replace(update, **changes)
+
+
+def _where_trained(instruction: Instruction, counts: Sequence[int]) -> tuple[int, ...]:
+    """Counts of the layers, 0 for those that the instruction does not let a step train."""
+    shares = modes_of(instruction).shares()[Mode.TRAIN]
+    return tuple(count * (share > 0) for count, share in zip(counts, shares, strict=True))
 
 
 WIDTH_OF_MODEL = 3

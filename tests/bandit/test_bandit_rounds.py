@@ -208,8 +208,7 @@ def test_expected_seconds_are_those_of_the_modelled_clock(sharing: tuple[str, ..
         lower = first_trained_layer(instruction)
         rates = instruction.dropout.rates if instruction.dropout else ()
         tokens = 10 * 16 * 8
-        trained = [round(tokens * (1 - rate)) for rate in rates]
-        update = _update_of(instruction, tokens, [0] * lower + trained[lower:])
+        update = _update_of(instruction, tokens, [round(tokens * (1 - rate)) for rate in rates])
         if sharing:
             shared = range(lower, lower + (LAYERS - lower + 1) // 2)
             sent = {key: instruction.tensors[key] for key in (*shared, HEAD)}
@@ -239,6 +238,7 @@ def _instruction_of(run_setup: Setup, state: ServerState, arm: Arm) -> Instructi
 
 
 def _update_of(instruction: Instruction, tokens: int, layer_tokens: list[int]) -> Update:
+    lower = first_trained_layer(instruction)
     update = update_for(
         instruction, reward=0.1, steps=10, active_steps=(10,) * LAYERS, examples=160
     )
@@ -246,8 +246,8 @@ def _update_of(instruction: Instruction, tokens: int, layer_tokens: list[int]) -
         update.cost,
         tokens=tokens,
         rows=160,
-        layer_tokens=tuple(layer_tokens),
-        forward_tokens=tuple(tokens if not trained else 0 for trained in layer_tokens),
+        layer_tokens=(0,) * lower + tuple(layer_tokens[lower:]),
+        forward_tokens=(*layer_tokens[:lower], *[0] * (LAYERS - lower)),
         reward_tokens=2 * instruction.reward_rows * tokens // 160,
     )
     return replace(update, cost=cost)

@@ -73,7 +73,7 @@ def show(result: Mapping[str, Any], console: Console) -> None:
     console.print(table)
     note = _note(rows, config["accelerator"])
     reported = "" if energy else " energy: not reported by this hardware."
-    console.print(f"trained: layers in a step. {note}{reported}", style="dim", highlight=False)
+    console.print(f"trained: in a step. {note}{reported}", style="dim", highlight=False)
 
 
 def _cells(row: Mapping[str, Any], layers: int) -> list[str]:
