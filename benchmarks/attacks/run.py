@@ -335,7 +335,7 @@ def honest_update(
         importance=(0.0,) * LAYERS,
         train_loss=sum(losses) / steps,
         reward=None,
-        cost=MeasuredCost(0.0, 0.0, 0.0, 0, rows, rows, (rows,) * LAYERS, 0),
+        cost=MeasuredCost(0.0, 0.0, 0.0, 0, rows, rows, (rows,) * LAYERS, (0,) * LAYERS, 0),
     )
 
 

@@ -27,7 +27,7 @@ def filled(values: np.random.Generator) -> dict[LayerKey, dict[str, Array]]:
 
 
 def update(client: int, tensors: Tensors) -> Update:
-    cost = MeasuredCost(0.0, 0.0, 0.0, 0, 0, 0, (), 0)
+    cost = MeasuredCost(0.0, 0.0, 0.0, 0, 0, 0, (), (), 0)
     return Update(1, client, "", tensors, 1, 1, 1, (1, 1), (0.0, 0.0), 0.0, None, cost)
 
 

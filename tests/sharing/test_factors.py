@@ -23,7 +23,7 @@ def layer(rng: np.random.Generator, rank: int = RANK) -> dict[str, Any]:
 
 
 def update(client: int, tensors: Tensors, examples: int = 1) -> Update:
-    cost = MeasuredCost(0.0, 0.0, 0.0, 0, 0, 0, (), 0)
+    cost = MeasuredCost(0.0, 0.0, 0.0, 0, 0, 0, (), (), 0)
     return Update(1, client, "", tensors, examples, examples, 1, (1,), (0.0,), 0.0, None, cost)
 
 
