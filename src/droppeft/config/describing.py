@@ -111,7 +111,8 @@ def _kind(annotation: object) -> str:
     if origin is typing.Literal:
         return " or ".join(f"`{value}`" for value in arguments)
     if origin is tuple:
-        return f"list of {_kind(arguments[0])}s"
+        kind = _kind(arguments[0])
+        return f"list of {kind.replace('list', 'lists') if 'list' in kind else f'{kind}s'}"
     if origin is dict:
         return "table"
     return _TYPES[annotation]
