@@ -120,7 +120,7 @@ def calibrate(
     rows: Annotated[
         int | None,
         typer.Option(
-            min=4, help="Training rows to measure on.", show_default="256; 32 of conversations"
+            min=4, help="Training rows to measure on.", show_default="256; 16 of conversations"
         ),
     ] = None,
     mean: Annotated[

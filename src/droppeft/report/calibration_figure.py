@@ -18,6 +18,8 @@ CAPTION = (
 LOG_FROM = 10
 """The added losses have a logarithmic axis if the largest is more than so many times the limit."""
 
+TICKS = tuple(factor * 10.0**power for power in range(-3, 5) for factor in (1, 2, 5))
+
 NORMAL, MARKED = COLOURS[0], COLOURS[1]
 
 
@@ -79,4 +81,8 @@ def _scale(axis: Any, added_loss: Sequence[float], typical: float) -> None:
         axis.axhline(limit, color=INK, linewidth=0.9, linestyle=(0, (1, 3)))
         if max(added_loss) > LOG_FROM * typical:
             axis.set_yscale("symlog", linthresh=limit)
+            ticks = [0.0, *(tick for tick in TICKS if limit / 2 < tick < max(added_loss))]
+            axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+            axis.set_yticks([], minor=True)
+            axis.set_ylim(bottom=min(0.0, *added_loss) - limit / 20)
     axis.axhline(0, color=INK, linewidth=0.6)

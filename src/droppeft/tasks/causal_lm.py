@@ -139,7 +139,7 @@ class CausalLMTask:
     adapter_task = "CAUSAL_LM"
     auto_class = AutoModelForCausalLM
     heads: tuple[str, ...] = HEADS
-    calibration_rows = 32
+    calibration_rows = 16
     rows_are_targets = False
     generates = True
 
