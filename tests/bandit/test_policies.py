@@ -101,7 +101,7 @@ def test_no_client_is_forced_to_take_an_arm_that_does_not_fit() -> None:
 # A known problem: three arms with rewards 1.0, .9 and .5 that take 4, 2 and 1.9 seconds
 
 WORTH, SECONDS = (1.0, 0.9, 0.5), (4.0, 2.0, 1.9)
-ARMS = [Arm(mean, 0.0) for mean in (0.0, 0.25, 0.5)]
+ARMS = [Arm(mean) for mean in (0.0, 0.25, 0.5)]
 
 
 def last_arms(
@@ -114,7 +114,7 @@ def last_arms(
 ) -> list[int]:
     """Arms of the last twenty rounds, where rewards decay and are noisy."""
     rng = np.random.default_rng(seed)
-    memory, given = begin(ARMS, 64.0), []
+    memory, given = begin(ARMS, 64.0, 4), []
     for round in range(1, rounds + 1):
         level = 0.98**round
         places = [seconds[number] for number in memory.numbers]
@@ -177,11 +177,11 @@ def learnt(memory: BanditMemory) -> BanditMemory:
 
 
 def test_the_memory_survives_json() -> None:
-    for memory in (begin(ARMS, 64.0), learnt(begin(ARMS, 64.0))):
+    for memory in (begin(ARMS, 64.0, 4), learnt(begin(ARMS, 64.0, 4))):
         values = json.loads(json.dumps(encode_memory(memory)))
         assert decode_memory(values, BanditMemory) == memory
 
 
 def test_an_arm_counts_as_tried_when_it_was_given() -> None:
-    memory = with_round(begin(ARMS, 64.0), [Observation(1, 0, 1.0)], 1, None, given=[2, 0])
+    memory = with_round(begin(ARMS, 64.0, 4), [Observation(1, 0, 1.0)], 1, None, given=[2, 0])
     assert memory.tried == {0, 2}
