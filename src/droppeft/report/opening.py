@@ -147,11 +147,10 @@ def _calibrated(found: Mapping[str, Any]) -> str:
     dropped = [rate for rate in found["rates"] if rate]
     if not dropped:
         return "no layer is dropped"
-    never = f"never layers {', '.join(kept)}; " if kept else ""
-    return (
-        f"{never}the others with rates of {share(min(dropped))} to {share(max(dropped))}, by what "
-        "each is worth"
-    )
+    low, high = share(min(dropped)), share(max(dropped))
+    rates = f"rate {low}" if low == high else f"rates {low} to {high}"
+    never = f"never dropped: {', '.join(kept)}; the other layers: " if kept else ""
+    return f"{never}{rates}, by what each layer is worth"
 
 
 def _shared(sharing: Mapping[str, Any]) -> str:
