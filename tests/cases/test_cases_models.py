@@ -203,7 +203,7 @@ def test_a_composite_model_can_be_profiled(
     config = config_to_measure([*overrides, "threads=1", "accelerator=cpu"], ())
     config = resolve_layers(config, 4)
     [measured] = profiling.profile(config, [0.0], 1, 1, lambda: None)
-    assert measured.timed_runs[0].executed == 4
+    assert measured.timed_runs[0].trained == 4
 
 
 # Damaged files

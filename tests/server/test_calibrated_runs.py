@@ -132,7 +132,7 @@ def test_the_methods_that_drop_layers_use_it(overrides: list[str]) -> None:
     assert {rates[0] for rates in dropped} == {0}
     plain = [word for word in overrides if not word.startswith("dropout.mean")]
     bandit = ("configurator.policy=uniform_random", "configurator.means=[0.25]")
-    arms = with_made_up_losses(prepared_run(*plain, *bandit, "configurator.untrained=[0]"))
+    arms = with_made_up_losses(prepared_run(*plain, *bandit, "configurator.depths=[[1]]"))
     [instruction] = arms.method.instruct(arms.setup, arms.state, 1, [0])
     assert instruction.dropout is not None
     assert instruction.dropout.rates == pytest.approx((0.0, 0.5, 0.25, 0.25))

@@ -9,7 +9,12 @@ from typing import Any
 import annotated_types
 from pydantic.fields import FieldInfo
 
-from droppeft.config.defaults import BUILTIN_DEFAULTS, METHOD_DEFAULTS, TASK_DEFAULTS
+from droppeft.config.defaults import (
+    BUILTIN_DEFAULTS,
+    DEFAULTS_OF_METHOD_AND_TASK,
+    METHOD_DEFAULTS,
+    TASK_DEFAULTS,
+)
 from droppeft.config.reading import build_config, flat, known_keys
 from droppeft.config.schema import Config
 from droppeft.config.table import Table
@@ -53,6 +58,10 @@ def all_settings() -> list[Setting]:
         who: flat(tables)
         for who, tables in (
             *((f"method={name}", tables) for name, tables in METHOD_DEFAULTS.items()),
+            *(
+                (f"method={method} task={task}", tables)
+                for (method, task), tables in DEFAULTS_OF_METHOD_AND_TASK.items()
+            ),
             *((f"task={name}", tables) for name, tables in TASK_DEFAULTS.items()),
             *((f"task={name} data=builtin", one) for name, one in BUILTIN_DEFAULTS.items()),
         )

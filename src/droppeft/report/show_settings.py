@@ -19,23 +19,23 @@ LINK = re.compile(r"\[([^]]+)\]\(([^)]+)\)")
 def matching(word: str) -> list[Setting]:
     """The settings with a word in their key or description, or that a word of others stands for.
 
-    Those with the word in their key come first.
+    Those that it stands for come first, then those with the word in their key.
 
     Raises:
         DroppeftError: there is none.
     """
     wanted = word.lower()
+    meant = re.findall(r"[\w.]+", KEYS.get(wanted.replace("-", "_"), ""))
     found = [
         one
         for one in all_settings()
-        if wanted in f"{one.key} {one.meaning}".lower()
-        or one.key in re.findall(r"[\w.]+", KEYS.get(wanted.replace("-", "_"), ""))
+        if wanted in f"{one.key} {one.meaning}".lower() or one.key in meant
     ]
     if not found:
         raise DroppeftError(
             f"no setting has {word!r} in its name or description; list all with: droppeft settings"
         )
-    return sorted(found, key=lambda one: wanted not in one.key)
+    return sorted(found, key=lambda one: (one.key not in meant, wanted not in one.key))
 
 
 def show(settings: list[Setting], console: Console) -> None:
