@@ -492,3 +492,18 @@ def test_an_untrained_layer_costs_its_forward_pass() -> None:
     profile = PROFILES["laptop_cpu"]
     assert charged == pytest.approx(flops / profile.effective_flops_per_s + 2 * 0.02)
     assert [key for key, _, _ in flatten(update.tensors)] == [2, 3, "head"]
+
+
+def test_values_of_layers_are_reported_once_a_round_told_them() -> None:
+    """Frozen layers have none, and without common layers nothing is known."""
+    setup = setup_for(*UNPROTECTED, "frozen.layers=1", "configurator.policy=layer_values", MEANS)
+    state = DROPPEFT.init(setup)
+    last = federated.ArmsOfRound(1, {0: 0}, {}, {0: None}, (0.0,) * LAYERS, (1.0,) * LAYERS)
+    unknown = memory_of(state)
+    assert federated.note(setup, state.model, unknown, last)["layer_values"] is None
+    layers = unknown.layers.after({1: 1.0, 2: 2.0})
+    found = federated.note(setup, state.model, replace(unknown, layers=layers), last)
+    assert len(found["layer_values"]) == LAYERS - 1
+
+
+MEANS = "configurator.means=[0]"

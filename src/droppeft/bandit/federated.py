@@ -231,7 +231,8 @@ def note(
     - ``present``: numbers of the current arms, in the order of the following lists;
     - ``quality``, ``deviation``: expected reward and its uncertainty, in units of the typical
       reward;
-    - ``layer_values``: what training each layer is worth, mean 1; ``None`` with other policies;
+    - ``layer_values``: what training each layer above the frozen ones is worth; ``None`` with other
+      policies, and as long as no round told;
     - ``trials``: number of observations in the window;
     - ``seconds``: modelled seconds of a local training, mean over the device profiles;
     - ``best``: number of the arm with the largest reward per second.
@@ -255,7 +256,9 @@ def note(
         "present": list(numbers),
         "quality": [float(value) for value in quality],
         "deviation": [float(value) for value in deviation],
-        "layer_values": list(memory.layers.values) if by_layer else None,
+        "layer_values": list(memory.layers.values[setup.config.frozen.count :])
+        if by_layer and any(memory.layers.rounds)
+        else None,
         "trials": [int(value) for value in known.count],
         "seconds": list(seconds),
         "best": numbers[worth.index(max(worth))],

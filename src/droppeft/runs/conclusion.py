@@ -291,8 +291,8 @@ def _configurator(rows: Sequence[RoundRow]) -> str | None:
     if notes and notes[-1].get("layer_values"):
         share = worth_of_upper_half(notes[-1]["layer_values"])
         return (
-            f"Training the upper half of the layers was worth {share:.0%} of training all of them, "
-            "as the clients' updates tell."
+            f"Training the upper half of the layers with adapters was worth {share:.0%} of "
+            "training all of them, as the clients' updates tell."
         )
     best = [one["labels"][str(one["best"])] for one in notes]
     late = best[-max(len(best) // 3, 1) - 1 :]
@@ -305,7 +305,7 @@ def _configurator(rows: Sequence[RoundRow]) -> str | None:
 
 
 def worth_of_upper_half(values: Sequence[float]) -> float:
-    """The share of the layers' values that the last half of them has."""
+    """The share of the values of layers that the last half of them has."""
     return sum(values[len(values) // 2 :]) / sum(values)
 
 
