@@ -138,7 +138,7 @@ IMPOSSIBLE = [
     ),
     (
         "method=droppeft configurator.policy=layer_values",
-        "configurator.policy=layer_values cannot tell what dropping layers is worth",
+        "configurator.policy=layer_values cannot tell what dropping layers is worth; set conf",
     ),
     (
         "method=flexlora server.merge=trimmed_mean",

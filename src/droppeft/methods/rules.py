@@ -247,8 +247,8 @@ def _check_configurator(method: Method, config: Config) -> None:
         return
     if settings.policy == "layer_values" and any(settings.means):
         raise DroppeftError(
-            "configurator.policy=layer_values cannot tell what dropping layers is worth; leave "
-            "configurator.means out or set it to [0], or set another policy"
+            "configurator.policy=layer_values cannot tell what dropping layers is worth; set "
+            "configurator.means=[0], or another policy"
         )
 
 
