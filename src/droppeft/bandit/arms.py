@@ -1,6 +1,7 @@
 """Arms: what a client drops and trains in one local training, and how many steps it takes. Ours."""
 
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,8 +43,12 @@ class Arm:
 def _trained(depths: Depths) -> str:
     if set(depths) == {1.0}:
         return "all layers"
-    percents = [f"{depth:.0%}" for depth in sorted(depths, reverse=True)]
-    if len(set(percents)) == 1:
+    counts = Counter(f"{depth:.0%}" for depth in sorted(depths, reverse=True))
+    percents = [
+        percent if count == 1 or len(counts) == 1 else f"{percent} (in {count} of {len(depths)})"
+        for percent, count in counts.items()
+    ]
+    if len(percents) == 1:
         return f"upper {percents[0]} of the layers"
     return f"upper {', '.join(percents[:-1])} or {percents[-1]} of the layers"
 
