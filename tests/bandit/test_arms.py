@@ -10,6 +10,7 @@ from droppeft.bandit.arms import (
     arm_rates,
     candidates,
     first_trained,
+    possible_steps,
     steps_of_arm,
     trained_shares,
 )
@@ -75,6 +76,13 @@ def test_equal_shares_of_untrained_layers_are_one_candidate() -> None:
 def test_no_possible_arm_is_an_error() -> None:
     with pytest.raises(DroppeftError, match=r"lower configurator\.means, or protect fewer"):
         candidates((0.9,), ((1.0,), (0.5,)), (1.0,), SIX)
+
+
+def test_arms_that_take_as_many_steps_are_one() -> None:
+    """Their worth is in proportion to the steps that they take."""
+    assert possible_steps((1.0, 0.5, 0.25), 3) == (1.0, 2 / 3, 1 / 3)
+    assert possible_steps((1.0, 0.5, 0.25), 1) == (1.0,)
+    assert possible_steps((1.0, 0.5, 0.25), 20) == (1.0, 0.5, 0.25)
 
 
 def test_labels_describe_arms() -> None:

@@ -144,6 +144,12 @@ def steps_of_arm(arm: Arm, local_steps: int) -> int:
     return max(1, round(arm.steps * local_steps))
 
 
+def possible_steps(shares: Sequence[float], local_steps: int) -> tuple[float, ...]:
+    """The shares of local steps that whole steps make of these, each once."""
+    steps = dict.fromkeys(max(1, round(share * local_steps)) for share in shares)
+    return tuple(number / local_steps for number in steps)
+
+
 def trained_shares(arm: Arm, depth: Depth) -> tuple[float, ...]:
     """For each of the L layers, in which share of an arm's steps it is trained."""
     starts = starts_of_arm(arm, depth)

@@ -28,7 +28,7 @@ from droppeft.bandit.arm_costs import (
     mean_seconds,
     seconds_of,
 )
-from droppeft.bandit.arms import Depths, trained_shares
+from droppeft.bandit.arms import Depths, possible_steps, trained_shares
 from droppeft.bandit.bandit_memory import BanditMemory, begin, with_round
 from droppeft.bandit.policies import LAYER_VALUES
 from droppeft.bandit.rewards import rewards_of, values_of_layers
@@ -75,7 +75,8 @@ def first_memory(setup: Setup, model: GlobalModel) -> BanditMemory:
             modelled clock.
     """
     settings = setup.config.configurator
-    steps = settings.steps if setup.config.training.local_steps is not None else (1.0,)
+    local_steps = setup.config.training.local_steps
+    steps = (1.0,) if local_steps is None else possible_steps(settings.steps, local_steps)
     arms = candidates(settings.means, _depths(setup), steps, depth_of_run(setup))
     row_length = setup.config.training.max_length / 2
     return begin(arms_that_fit(setup, model, arms), row_length, setup.num_layers)
