@@ -41,6 +41,10 @@ IGNORED = [
         "configurator.steps has no effect with training.local_epochs=1; they are shares of",
     ),
     (
+        f"method=droppeft {THOMPSON} adapter.type=prompt_tuning configurator.depths=[[0.5],[0.25]]",
+        "configurator.depths has no effect with adapter.type=prompt_tuning, which is trained",
+    ),
+    (
         "method=adaptive configurator.policy=layer_values configurator.reward=loss",
         "configurator.reward has no effect with configurator.policy=layer_values, which needs no",
     ),
@@ -135,6 +139,10 @@ IMPOSSIBLE = [
     (
         f"method=droppeft {THOMPSON} server.merge=median",
         "server.merge=median gives all clients the same values, from which configurator.reward=",
+    ),
+    (
+        "method=adaptive configurator.policy=layer_values server.merge=median",
+        "server.merge=median gives all clients the same values, from which configurator.policy=la",
     ),
     (
         "method=droppeft configurator.policy=layer_values",

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from droppeft.adapters.settings import check
-from droppeft.adapters.types import check_on
+from droppeft.adapters.types import adapter_type, check_on
 from droppeft.config import Config, as_tree, build_config, flat
 from droppeft.errors import DroppeftError
 from droppeft.federated_method import Method, adapter_spec
@@ -88,6 +88,12 @@ NO_EFFECT = (
         when=lambda config: config.training.local_steps is None,
         reason="training.local_epochs={config.training.local_epochs}; they are shares of "
         "training.local_steps",
+    ),
+    NoEffect(
+        keys=("configurator.depths",),
+        only_if_table_read="configurator",
+        when=lambda config: adapter_type(config.adapter.type).kind != "layered",
+        reason="adapter.type={config.adapter.type}, which is trained through all layers",
     ),
     NoEffect(
         keys=("configurator.reward",),
@@ -291,11 +297,16 @@ def _check_merge(method: Method, config: Config) -> None:
             f"server.merge={rule} needs {FEWEST} updates in a round, but cohort_size="
             f"{config.cohort_size}; raise cohort_size, or leave server.merge out"
         )
-    learns = "configurator" in method.tables and config.configurator.policy not in (
-        "fixed",
-        "layer_values",
-    )
-    if rule in COORDINATE_RULES and learns and config.configurator.reward == "agreement":
+    settings = config.configurator
+    if rule not in COORDINATE_RULES or "configurator" not in method.tables:
+        return
+    if settings.policy == "layer_values":
+        raise DroppeftError(
+            f"server.merge={rule} gives all clients the same values, from which "
+            "configurator.policy=layer_values cannot tell noise from what layers are worth; set "
+            "server.merge=multi_krum, or another policy with configurator.reward=loss"
+        )
+    if settings.policy != "fixed" and settings.reward == "agreement":
         raise DroppeftError(
             f"server.merge={rule} gives all clients the same values, from which "
             "configurator.reward=agreement learns nothing; set configurator.reward=loss, or "
