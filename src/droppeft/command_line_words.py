@@ -108,7 +108,7 @@ def config_to_measure(words: Sequence[str], defaults: Sequence[str]) -> "Config"
 CALIBRATED_BY = (
     *("task", "quantization", "accelerator", "seed", "source.", "adapter."),
     *("training.batch_size", "training.max_length", "training.precision", "training.loss_on"),
-    "training.checkpointing",
+    *("training.micro_batch_size", "training.checkpointing"),
 )
 """Keys, or beginnings of keys, of the settings that change what ``calibrate`` measures or how."""
 

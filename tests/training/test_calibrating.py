@@ -51,7 +51,9 @@ class Ready:
 
 
 def ready_with(overrides: list[str], rows: int = ROWS) -> Ready:
-    loaded = prepared_run(*overrides, "training.batch_size=7").loaded
+    loaded = prepared_run(
+        *overrides, "training.batch_size=14", "training.micro_batch_size=7"
+    ).loaded
     config, model = loaded.config, loaded.model
     table = tokens_of(loaded, loaded.data.train.take(np.arange(rows)))
     return Ready(model, adapter_spec(config.adapter, LAYERS), table, local_training(config))

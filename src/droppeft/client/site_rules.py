@@ -95,8 +95,7 @@ class SiteRules:
                 training.evaluation_batch_size, asked.rows, asked.max_length + asked.max_new_tokens
             )
         if not instruction.evaluate_only:
-            at_once = min(training.micro_batch_size or training.batch_size, training.batch_size)
-            _check_memory(at_once, len(rows.train), longest)
+            _check_memory(training.rows_at_once, len(rows.train), longest)
             self._check_budget(instruction, len(rows.train))
         return self._with_own_cache(instruction, model)
 

@@ -190,6 +190,11 @@ class LocalTraining:
     checkpointing: bool
     evaluation_batch_size: int
 
+    @property
+    def rows_at_once(self) -> int:
+        """Rows of a forward and backward pass."""
+        return min(self.micro_batch_size or self.batch_size, self.batch_size)
+
 
 @dataclass(frozen=True)
 class StateCache:

@@ -71,7 +71,7 @@ def calibrate(
         on: the model with an adapter. Its trained head keeps the values that it gets here.
         table: tokenised rows.
         rows: those that are used, in random order.
-        settings: batch size, precision and checkpointing.
+        settings: batch size, micro batch size, precision and checkpointing.
         fit_head: whether the head is new.
         progress: see :data:`Progress`.
 
@@ -89,7 +89,7 @@ def calibrate(
     held_out, for_head, measured = np.split(rows, [-(-number // HELD_OUT), number])
 
     def batches_of(part: Rows) -> list[Batch]:
-        chosen = ordered_batches(part, table.lengths, settings.batch_size)
+        chosen = ordered_batches(part, table.lengths, settings.rows_at_once)
         return [on.task.collate(table, batch) for batch in chosen]
 
     head_batches, batches = [*map(batches_of, (for_head, held_out))], batches_of(measured)
