@@ -57,5 +57,8 @@ def test_a_round_that_saw_some_layers_leaves_their_sum_to_them() -> None:
     seen = known.after({1: 10.0, 2: 10.0})
     assert seen.values[0] == pytest.approx(0.5)
     assert seen.values[1] + seen.values[2] == pytest.approx(2.5)
+    worthless = LayerValues.unknown(2).after({0: 0.0, 1: 1.0})
+    assert worthless.values == (0.0, 2.0)
+    assert worthless.after({0: 1.0}).values[0] > 0
     assert known.after({}) == known
     assert known.after({1: 0.0}) == known

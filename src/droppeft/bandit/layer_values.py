@@ -31,14 +31,17 @@ Changes = Mapping[tuple[LayerKey, str], Matrix]
 FORGET = 0.3
 """Weight of a round's values in the running mean."""
 
+LEAST = 0.1
+"""The smallest mean with which layers enter a round, so that worthless ones can become worth
+something again."""
+
 
 @dataclass(frozen=True)
 class LayerValues:
     """Estimated values of L layers per step in which they are trained, up to a common factor.
 
     Attributes:
-        values: of each layer; their mean is 1 over the layers that were observed. A layer that was
-            not observed yet has the mean of the others.
+        values: of each layer; their mean over all layers is 1. Only ratios matter.
         rounds: of each layer, in how many rounds it was observed.
     """
 
@@ -71,7 +74,7 @@ class LayerValues:
             return self
         # The observed layers keep the mean that they had together, so that rounds in which some
         # layers were not observed do not change the others relative to them.
-        before = float(np.mean([self.values[layer] for layer in observed]))
+        before = max(LEAST, float(np.mean([self.values[layer] for layer in observed])))
         values, rounds = list(self.values), list(self.rounds)
         for layer, value in observed.items():
             weight = max(FORGET, 1 / (1 + rounds[layer]))
