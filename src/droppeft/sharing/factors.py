@@ -15,8 +15,6 @@ from droppeft.messages.reply import Update
 from droppeft.messages.tensors import Array, LayerKey, Tensors, flatten
 from droppeft.sharing.aggregation import Weight, Wide, average_over_senders
 
-A, B = LORA_A, LORA_B
-
 
 def pairs_of(tensors: Tensors) -> Iterator[tuple[LayerKey, str, str]]:
     """Yield (layer, name of A, name of B) of every LoRA that has both."""
