@@ -222,7 +222,7 @@ def test_the_trainer_of_the_tutorial_runs(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     lines = [f"text {row} about {row % 4},{'abcd'[row % 4]}" for row in range(320)]
     Path("news.csv").write_text("\n".join(["text,label", *lines]), encoding="utf-8")
-    code = code_of(TUTORIAL, "LayerDropoutCallback")
+    code = code_of(TUTORIAL, "callbacks=[LayerDropoutCallback")
     replaced = {
         '"sentence-transformers/all-MiniLM-L6-v2"': repr(str(builtin_model_folder())),
         "max_steps=100,": "max_steps=4, use_cpu=True,",

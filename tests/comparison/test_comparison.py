@@ -808,6 +808,8 @@ def test_the_studies_can_be_read(
         "default_run_development": {7, 8},
         "own_data": {7},
         "ia3": {7, 8},
+        "layer_modes_mpnet": {0},
+        "layer_modes_smollm2": {0},
         "rates": {7},
     }
     assert {cell.seed for cell in found} == others.get(path.parent.name, {0, 1, 2})
