@@ -507,3 +507,13 @@ def test_values_of_layers_are_reported_once_a_round_told_them() -> None:
 
 
 MEANS = "configurator.means=[0]"
+
+
+def test_arms_that_drop_by_a_calibration_need_one() -> None:
+    """Arms that drop nothing do not, and measure nothing."""
+    calibrated = "dropout.shape=calibrated"
+    with pytest.raises(DroppeftError, match="needs a calibration, and there is none"):
+        DROPPEFT.init(setup_for(THOMPSON, "configurator.means=[0, 0.25]", calibrated))
+    dropping_none = setup_for(THOMPSON, "configurator.means=[0]", calibrated)
+    assert not dropping_none.config.calibrates
+    assert memory_of(DROPPEFT.init(dropping_none)).arms

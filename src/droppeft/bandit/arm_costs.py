@@ -9,7 +9,7 @@ from droppeft.bandit.arms import Depth, steps_of_arm, trained_shares
 from droppeft.bandit.bandit_memory import BanditMemory
 from droppeft.bandit.policies import LAYER_VALUES, RANDOM
 from droppeft.config import DeviceProfile
-from droppeft.config.dropout import CALIBRATED
+from droppeft.config.dropout import CALIBRATED, NO_CALIBRATION
 from droppeft.costs.device_profiles import seconds_per_byte
 from droppeft.costs.modelled_clock import Arithmetic, Clock, compute_seconds
 from droppeft.costs.step_memory import most_active, step_memory
@@ -27,11 +27,20 @@ know."""
 
 
 def depth_of_run(setup: Setup) -> Depth:
-    """The layers of the run to which arms apply."""
-    dropout = setup.config.dropout
+    """The layers of the run to which arms apply.
+
+    Raises:
+        DroppeftError: arms drop layers by a calibration, and there is none.
+    """
+    config, dropout = setup.config, setup.config.dropout
     ends = dropout.protect_first, dropout.protect_last
-    found = setup.calibration if dropout.shape == CALIBRATED else None
-    return Depth(setup.num_layers, setup.config.frozen.count, *ends, dropout.shape, found)
+    if dropout.shape != CALIBRATED:
+        return Depth(setup.num_layers, config.frozen.count, *ends, dropout.shape)
+    if not config.calibrates:  # no arm drops layers
+        return Depth(setup.num_layers, config.frozen.count, *ends)
+    if setup.calibration is None:
+        raise DroppeftError(NO_CALIBRATION)
+    return Depth(setup.num_layers, config.frozen.count, *ends, dropout.shape, setup.calibration)
 
 
 def rates_of_arm(setup: Setup, arm: Arm) -> tuple[float, ...]:

@@ -13,6 +13,11 @@ DEFAULT_MEAN_RATE = 1 / 3
 CALIBRATED = "calibrated"
 """The shape whose rates follow from a measurement of every layer."""
 
+NO_CALIBRATION = (
+    "dropout.shape=calibrated needs a calibration, and there is none; give dropout.rates instead, "
+    "as `droppeft calibrate` prints them"
+)
+
 ENDS = ("protect_first", "protect_last")
 
 

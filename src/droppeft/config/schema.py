@@ -292,7 +292,9 @@ class Config(Table):
     @property
     def calibrates(self) -> bool:
         """Whether the server measures what each layer is worth, on training rows set aside."""
-        return self.dropout.shape == CALIBRATED
+        settings = self.configurator
+        drops = settings.policy == "fixed" or any(settings.means)
+        return self.dropout.shape == CALIBRATED and drops
 
     @property
     def drawn(self) -> int:

@@ -16,7 +16,7 @@ from droppeft.bandit.arms import starts_of_arm, steps_of_arm
 from droppeft.bandit.bandit_memory import BanditMemory
 from droppeft.bandit.federated import ArmsOfRound
 from droppeft.config import DropoutConfig
-from droppeft.config.dropout import CALIBRATED
+from droppeft.config.dropout import CALIBRATED, NO_CALIBRATION
 from droppeft.errors import DroppeftError
 from droppeft.federated_method import (
     Method,
@@ -87,10 +87,7 @@ def configured_rates(
     mean = _mean(config, trained, len(protected))
     if config.shape == CALIBRATED:
         if calibration is None:
-            raise DroppeftError(
-                "dropout.shape=calibrated needs a calibration, and there is none; give "
-                "dropout.rates instead, as `droppeft calibrate` prints them"
-            )
+            raise DroppeftError(NO_CALIBRATION)
         rates = calibration.rates(mean, first=frozen, protected=protected)
     else:
         rates = layer_rates(mean, config.shape, trained, protected=protected)
