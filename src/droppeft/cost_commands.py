@@ -1,8 +1,10 @@
 """The commands that measure a training step or layers, and estimate what fits a device. Ours."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -43,16 +45,9 @@ def profile(
         overrides or [], ["dropout.protect_first=0", "dropout.protect_last=0"]
     )
     console = Console(stderr=True) if as_json else Console()
-    try:
+    with _nothing_written_if_stopped():
         result = report.run_profile(config, drop_rates(rates), repeats, steps, console)
-    except KeyboardInterrupt:
-        leave("stopped; nothing was written", STOPPED)
-    if out is not None:
-        report.write(result, out)
-    if as_json:
-        typer.echo(json.dumps(result))
-    else:
-        report.show(result, console)
+    _deliver(report, result, out, console, as_json=as_json)
 
 
 def estimate(
@@ -161,10 +156,27 @@ def calibrate(
     from droppeft.report import show_calibration as report  # loads PyTorch
 
     console = Console(stderr=True) if as_json else Console()
-    try:
+    with _nothing_written_if_stopped():
         result = report.run_calibration(config, words, rows, mean, console)
+    _deliver(report, result, out, console, as_json=as_json)
+
+
+@contextmanager
+def _nothing_written_if_stopped() -> Iterator[None]:
+    try:
+        yield
     except KeyboardInterrupt:
         leave("stopped; nothing was written", STOPPED)
+
+
+def _deliver(
+    report: Any, result: dict[str, Any], out: Path | None, console: Any, *, as_json: bool
+) -> None:
+    """Write what was measured to ``--out``, and print it as JSON or for readers.
+
+    Args:
+        report: the module that writes and shows it.
+    """
     if out is not None:
         report.write(result, out)
     if as_json:

@@ -5,7 +5,7 @@ from statistics import fmean
 from typing import Any
 
 from droppeft.bandit import Arm, arm_rates, first_trained
-from droppeft.bandit.arms import Depth, steps_of_arm, trained_shares
+from droppeft.bandit.arms import Depth, modes_of_arm, steps_of_arm
 from droppeft.bandit.bandit_memory import BanditMemory
 from droppeft.bandit.policies import LAYER_VALUES, RANDOM
 from droppeft.config import DeviceProfile
@@ -118,14 +118,10 @@ def local_training_seconds(
 
 def _row_flops(setup: Setup, arithmetic: Arithmetic, length: float, arm: Arm) -> float:
     """FLOPs of a row in a mean step; cached layers do not run."""
-    first = setup.config.frozen.count if setup.config.frozen.cache else 0
     both, rest = arithmetic.training(length)
     forward, _ = arithmetic.forward(length)
-    rates, trained = rates_of_arm(setup, arm), trained_shares(arm, depth_of_run(setup))
-    return rest + sum(
-        trained[layer] * both[layer] + (1 - rates[layer] - trained[layer]) * forward[layer]
-        for layer in range(first, setup.num_layers)
-    )
+    modes = modes_of_arm(arm, depth_of_run(setup), cached=setup.config.frozen.cache)
+    return rest + modes.expected(both, forward)
 
 
 def reward_rows(setup: Setup) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from droppeft.errors import DroppeftError
 from droppeft.layer_dropout import Calibration, layer_rates, protected_ends
-from droppeft.layer_dropout.modes import starts_of
+from droppeft.layer_dropout.modes import LayerModes, Mode, starts_of
 
 Depths = tuple[float, ...]
 """Fractions of the layers above the frozen ones that a step trains, one drawn for each step."""
@@ -150,11 +150,16 @@ def possible_steps(shares: Sequence[float], local_steps: int) -> tuple[float, ..
     return tuple(number / local_steps for number in steps)
 
 
+def modes_of_arm(arm: Arm, depth: Depth, *, cached: bool = False) -> LayerModes:
+    """The distribution over the modes of layers that an arm is.
+
+    Args:
+        cached: whether the states of the frozen layers are read instead of computed.
+    """
+    starts, rates = starts_of_arm(arm, depth), arm_rates(arm, depth)
+    return LayerModes(depth.layers, depth.frozen, cached, starts, rates)
+
+
 def trained_shares(arm: Arm, depth: Depth) -> tuple[float, ...]:
     """For each of the L layers, in which share of an arm's steps it is trained."""
-    starts = starts_of_arm(arm, depth)
-    rates = arm_rates(arm, depth)
-    return tuple(
-        (1 - rates[layer]) * sum(start <= layer for start in starts) / len(starts)
-        for layer in range(depth.layers)
-    )
+    return modes_of_arm(arm, depth).shares()[Mode.TRAIN]

@@ -122,6 +122,21 @@ class LayerModes:
             found[Mode.FORWARD][layer] = (1 - rates[layer]) * (1 - reached)
         return {mode: tuple(values) for mode, values in found.items()}
 
+    def expected(self, trained: Sequence[float], forward: Sequence[float]) -> float:
+        """Return the expected sum over layers in a step, such as its FLOPs.
+
+        Args:
+            trained: (L,) what a layer adds in a step that trains it.
+            forward: (L,) what it adds if it runs forward only. Other layers add nothing.
+        """
+        shares = self.shares()
+        return sum(
+            in_train * train + in_forward * only_forward
+            for in_train, train, in_forward, only_forward in zip(
+                shares[Mode.TRAIN], trained, shares[Mode.FORWARD], forward, strict=True
+            )
+        )
+
 
 def starts_of(depths: Sequence[float], layers: int, frozen: int = 0) -> tuple[int, ...]:
     """Return the lowest trained layer for each depth.

@@ -1,6 +1,5 @@
 """What ``droppeft calibrate`` prints and writes: progress, a table, drop rates, JSON, a figure."""
 
-import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,19 +13,19 @@ from rich.table import Table
 from rich.text import Text
 
 from droppeft.config import Config, as_tree
-from droppeft.errors import DroppeftError
-from droppeft.files import write_atomically
 from droppeft.layer_dropout import Calibration
 from droppeft.layer_dropout.calibration import EXPENSIVE, expensive_layers, typical_loss
 from droppeft.quantities import counted, percent, seconds_text, share
 from droppeft.report.calibration_figure import figure_of_result
 from droppeft.report.drawing import svg
+from droppeft.report.measurement_files import write_measurement
 from droppeft.report.progress import bar
 from droppeft.resources.calibration import measure
 from droppeft.runs.environment import machine, versions
 
 SCHEMA_VERSION = 1
-RESULT, FIGURE = "calibration.json", "calibration"
+NAME = "calibration"
+"""Of the files in ``--out``."""
 
 BAR = 12
 """Characters of the longest bar."""
@@ -176,16 +175,11 @@ def command(result: Mapping[str, Any]) -> str:
 
 
 def write(result: Mapping[str, Any], folder: Path) -> None:
-    """Write the JSON, and the figure as PNG and SVG, into a new or existing folder.
+    """Write JSON and figure; see :func:`write_measurement`."""
 
-    Raises:
-        DroppeftError: it cannot be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / RESULT, (json.dumps(result, indent=1) + "\n").encode())
+    def draw(path: Path) -> None:
         figure = figure_of_result(result)
-        figure.savefig((folder / FIGURE).with_suffix(".png"), dpi=150, facecolor="white")
-        (folder / FIGURE).with_suffix(".svg").write_text(svg(figure), encoding="utf-8")
-    except OSError as error:
-        raise DroppeftError(f"--out {folder}: cannot be written ({error})") from None
+        figure.savefig(path.with_suffix(".png"), dpi=150, facecolor="white")
+        path.with_suffix(".svg").write_text(svg(figure), encoding="utf-8")
+
+    write_measurement(result, folder, NAME, draw)

@@ -1,9 +1,9 @@
 """What ``droppeft profile`` prints and writes: progress, a table, JSON, a figure."""
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from droppeft.config import Config, as_tree, resolve_layers
-from droppeft.errors import DroppeftError
-from droppeft.files import write_atomically
 from droppeft.models.sources import find_source
 from droppeft.quantities import bytes_text
+from droppeft.report.measurement_files import write_measurement
 from droppeft.report.progress import bar
 from droppeft.report.screen import Screen
 from droppeft.resources.model_shape import model_shape
@@ -23,7 +22,8 @@ from droppeft.resources.profiling import RateProfile, profile
 from droppeft.runs.environment import machine, versions
 
 SCHEMA_VERSION = 1
-RESULT, FIGURE = "profile.json", "profile"
+NAME = "profile"
+"""Of the files in ``--out``."""
 
 
 def run_profile(
@@ -94,17 +94,8 @@ def _joules(row: Mapping[str, Any]) -> str:
 
 
 def write(result: Mapping[str, Any], folder: Path) -> None:
-    """Write the JSON, and the figure as PNG and SVG, into a new or existing folder.
-
-    Raises:
-        DroppeftError: it cannot be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / RESULT, (json.dumps(result, indent=1) + "\n").encode())
-        draw(result, folder / FIGURE)
-    except OSError as error:
-        raise DroppeftError(f"--out {folder}: cannot be written ({error})") from None
+    """Write JSON and figure; see :func:`write_measurement`."""
+    write_measurement(result, folder, NAME, partial(draw, result))
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:

@@ -33,7 +33,7 @@ from droppeft.costs.step_counts import StepCounts
 from droppeft.costs.step_memory import Memory, most_active, step_memory
 from droppeft.errors import DroppeftError
 from droppeft.federated_method import adapter_spec
-from droppeft.layer_dropout.modes import LayerModes, Mode, starts_of
+from droppeft.layer_dropout.modes import LayerModes, starts_of
 from droppeft.methods import method_named
 from droppeft.methods.droppeft import configured_rates
 from droppeft.methods.rules import given
@@ -225,18 +225,15 @@ def mean_flops(config: Config) -> float:
     """
     counts = counts_of(config)
     layers = len(counts.blocks)
-    shares = LayerModes(
+    modes = LayerModes(
         layers=layers,
         frozen=config.frozen.count,
         cached=config.frozen.cache,
         starts=starts_of(config.backward.depths, layers, config.frozen.count),
         rates=_rates(config, layers),
-    ).shares()
-    flops = counts.rest.flops + sum(
-        trained * block.flops + forward * block.forward_flops
-        for block, trained, forward in zip(
-            counts.blocks, shares[Mode.TRAIN], shares[Mode.FORWARD], strict=True
-        )
+    )
+    flops = counts.rest.flops + modes.expected(
+        [block.flops for block in counts.blocks], [block.forward_flops for block in counts.blocks]
     )
     return flops * config.training.batch_size / config.training.rows_at_once
 
