@@ -8,6 +8,7 @@ from benchmarks.pages.markdown import markdown_table, megabytes
 from benchmarks.study import read_table, read_values, was_measured
 
 NAME = "speed"
+OWN_RECIPE = "droppeft, its own recipe, 1 round"
 NOT_MEASURED = "Not measured yet.\n"
 
 Row = Mapping[str, Any]
@@ -104,31 +105,30 @@ def start_up_times() -> str:
 def flower_llm_example() -> str:
     """Flower's example of a language model and the same federation in droppeft."""
     arms, lines = _by(_rows("flower_example"), "variant"), []
-    ours = arms.get("droppeft", [])
-    sizes = read_values(NAME)["flower_example"]["settings"] if arms else {}
+    ours, own_recipe = arms.get("droppeft", []), arms.get(OWN_RECIPE, [])
+    rounds = _counted(read_values(NAME)["flower_example"]["settings"]["rounds"]) if arms else ""
     for arm, found in arms.items():
         measured = found[0]["wall_s"] is not None
         lines.append(
             (
-                f"{arm}, {sizes['clients']} clients, {_counted(sizes['rounds'])}"
-                if measured
-                else arm,
+                f"{arm}, {rounds}" if measured and not arm.endswith("round") else arm,
                 *(
                     (
                         f"{_middle(found, 'wall_s'):.0f} s",
                         f"{_middle(found, 'cpu_s'):.0f} s",
                         _ratio(found, ours, "wall_s"),
+                        _ratio(found, own_recipe, "wall_s"),
                         megabytes(_middle(found, "peak_bytes")),
                         _ratio(found, ours, "peak_bytes"),
                     )
                     if measured
-                    else ("–",) * 5
+                    else ("–",) * 6
                 ),
                 f"{_middle(found, 'test_loss'):.3f}",
             )
         )
     heads = (
-        *("", "command", "CPU time", "of droppeft's time"),
+        *("", "command", "CPU time", "of droppeft's time", "of one round with its own recipe"),
         *("memory", "of droppeft's memory", "test loss"),
     )
     return _table(heads, lines)
