@@ -32,9 +32,10 @@ LEVELS = (
     {"server"},
     {"comparison", "flower_server_app"},
     {"command_line_exit", "command_line_settings", "command_line_words", "report"},
-    {"results"},
+    {"results", "ui"},
     {"api"},
     {"cost_commands", "federation_commands", "model_commands", "node_commands"},
+    {"ui_commands"},
     {"cli"},
     {"__main__"},
 )

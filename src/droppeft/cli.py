@@ -25,6 +25,7 @@ from droppeft.errors import DroppeftError, Interrupted
 from droppeft.federation_commands import keys, superlink, supernode
 from droppeft.model_commands import chat, export, generate, predict
 from droppeft.node_commands import node
+from droppeft.ui_commands import serve, ui
 
 if TYPE_CHECKING:
     from droppeft.runs.listener import Listener
@@ -188,8 +189,10 @@ def report(
     typer.echo(write_page(folder))
 
 
-for with_model in (export, predict, chat, generate):
+for with_model in (export, predict, chat, generate, serve):
     app.command()(with_model)
+
+app.command()(ui)
 
 
 @app.command(cls=CommandWithSettings)

@@ -187,6 +187,11 @@ def check_quantization() -> Finding:
     return _extra("quantization", "models in 8 and 4 bits")
 
 
+def check_ui() -> Finding:
+    """Check the packages of the extra ``ui``."""
+    return _extra("ui", "pages in the browser: droppeft ui and droppeft serve")
+
+
 def check_runs_folder() -> Finding:
     """Check ``runs`` in the current folder, where a run is written without ``--out``."""
     return _folder(Path.cwd() / "runs", "droppeft run --out ~/droppeft-run", "problem")
@@ -217,6 +222,7 @@ CHECKS: dict[str, Callable[[], Finding]] = {
     "extra report": check_report,
     "extra privacy": check_privacy,
     "extra quantization": check_quantization,
+    "extra ui": check_ui,
     "runs": check_runs_folder,
     "cache": check_cache_folder,
     "client state": check_state_folder,

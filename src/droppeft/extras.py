@@ -12,6 +12,7 @@ EXTRAS = {
     "privacy": {"opacus": "opacus"},
     "quantization": {"bitsandbytes": "bitsandbytes"},
     "report": {"matplotlib": "matplotlib"},
+    "ui": {"gradio": "gradio"},
 }
 """For each extra, the modules that it brings, with the names of their packages."""
 

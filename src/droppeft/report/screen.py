@@ -96,7 +96,7 @@ class Screen:
         if self._rounds is None or self._clients is None:
             return
         self.console.print(_round_line(row, self._about))
-        for line in _left_out(row):
+        for line in left_out(row):
             self.console.print(line)
         self._show_arms(row)
         self._progress.advance(self._rounds)
@@ -212,8 +212,8 @@ def _part(value: float, metric: Metric, about: Mapping[str, Any]) -> float:
     return min(max(value / most, 0.0), 1.0) if isfinite(value) and most > 0 else 0.0
 
 
-def _left_out(row: "RoundRow") -> Iterator[Text]:
-    """Lines about clients whose update was not merged, or not as it was, and about divergence."""
+def left_out(row: "RoundRow") -> Iterator[Text]:
+    """Yield lines about clients whose update was not merged as it was, and about divergence."""
     indent = " " * 9
     for failure in row.failures:
         yield Text(f"{indent}client {failure['client']}: {failure['reason']}", style="red")

@@ -42,13 +42,13 @@ def talk(
         DroppeftError: as :func:`~droppeft.runs.answering.loaded_model`.
     """
     console = console or Console()
-    with _loaded(run, settings, round, client, console) as answering:
+    with loaded(run, settings, round, client, console) as answering:
         console.print(Text(HELP, style="dim"))
         _converse(answering, console)
 
 
 @contextmanager
-def _loaded(
+def loaded(
     run: Path,
     settings: GenerationSettings,
     round: int | None,
@@ -133,7 +133,7 @@ def complete_file(
         raise DroppeftError(f"{out}: its folder does not exist; make it, or choose another --out")
     rows = read_prompts(prompts)
     console = Console(stderr=True)
-    with _loaded(run, settings, round, client, console) as answering:
+    with loaded(run, settings, round, client, console) as answering:
         completions = _completed(answering, [prompt for _, prompt in rows], console)
     lines = (
         json.dumps({**row, "completion": text}, ensure_ascii=False, default=str) + "\n"

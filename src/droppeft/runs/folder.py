@@ -26,6 +26,9 @@ CONFIG, ROUNDS, CLIENTS, RESULT = "config.toml", "rounds.jsonl", "clients.jsonl"
 GENERATED = "generated.jsonl"
 LOCK = ".lock"
 
+LOCK_WAIT_S = 0.3
+"""Seconds for which a run waits for its lock, since `is_locked` holds it for a moment."""
+
 FREE_SETTINGS = ("data", "model", "start_from", "tracker", "transport", "workers", "flower.")
 """Settings that may change before a run is resumed, since they cannot change its result: texts and
 weights are compared by their hashes, wherever they are. A table ends with a point."""
@@ -222,7 +225,7 @@ def locked(out: Path) -> Iterator[None]:
         DroppeftError: another process has locked it, or this one cannot write in it.
     """
     try:
-        lock = FileLock(out / LOCK, mode=0o600).acquire(blocking=False)
+        lock = FileLock(out / LOCK, mode=0o600).acquire(timeout=LOCK_WAIT_S, poll_interval=0.02)
     except Timeout:
         raise DroppeftError(f"{out}: another process is working on this run") from None
     except OSError as error:
@@ -231,3 +234,16 @@ def locked(out: Path) -> Iterator[None]:
         ) from None
     with lock:
         yield
+
+
+def is_locked(out: Path) -> bool | None:
+    """Whether a process is working on a run; ``None`` if its lock belongs to another user."""
+    if not (out / LOCK).exists():
+        return False
+    try:
+        with FileLock(out / LOCK, mode=0o600).acquire(blocking=False):
+            return False
+    except Timeout:
+        return True
+    except OSError:
+        return None

@@ -47,8 +47,8 @@ def summarise(
         "upload_bytes": sum(row.upload_bytes for row in rows),
         "download_bytes": sum(row.download_bytes for row in rows),
         "round_measured_s": sum(row.round_measured_s for row in rows),
-        "round_modelled_s": _sum_if_all_known([row.round_modelled_s for row in rows]),
-        "energy_modelled_j": _sum_if_all_known([row.energy_modelled_j for row in rows]),
+        "round_modelled_s": sum_if_all_known([row.round_modelled_s for row in rows]),
+        "energy_modelled_j": sum_if_all_known([row.energy_modelled_j for row in rows]),
         "idle_modelled_share": mean_or_none(
             [row.idle_modelled_share for row in rows if row.idle_modelled_share is not None]
         ),
@@ -60,7 +60,7 @@ def summarise(
         "time_to_target_measured_s": sum(row.round_measured_s for row in until)
         if reached
         else None,
-        "time_to_target_modelled_s": _sum_if_all_known([row.round_modelled_s for row in until])
+        "time_to_target_modelled_s": sum_if_all_known([row.round_modelled_s for row in until])
         if reached
         else None,
         "time_to_target_host_s": sum(row.host_wall_s - row.evaluation_wall_s for row in until)
@@ -99,7 +99,7 @@ def target_round(
     return None
 
 
-def _sum_if_all_known(values: Sequence[float | None]) -> float | None:
+def sum_if_all_known(values: Sequence[float | None]) -> float | None:
     """The sum, or ``None`` if a value is ``None``."""
     known = [value for value in values if value is not None]
     return sum(known) if len(known) == len(values) else None

@@ -1,0 +1,1 @@
+"""Pages in the browser, made with gradio: runs while they go on, and a model to try."""
