@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from droppeft.errors import DroppeftError
 from droppeft.runs.folder import locked
 from droppeft.ui.dashboard import cards, choose, curves, look, metric_labels, ticked_at_first
 from droppeft.ui.run_state import client_table, curve, facts, find_runs, read_state, sentence
@@ -43,10 +42,8 @@ def test_runs_are_found_in_a_folder_in_comparisons_and_by_themselves(runs: Path)
     assert list(find_runs(runs)) == ["compare-x/second", "first"]
     assert list(find_runs(runs / "compare-x")) == ["second"]
     assert list(find_runs(runs / "first")) == ["first"]
-    assert refused(find_runs, runs / "none") == (
-        f"{runs / 'none'}: there is no such folder; name the folder of your runs, or start a run "
-        "with: droppeft run"
-    )
+    with refused("none: there is no such folder; name the folder of your runs, or start a run"):
+        find_runs(runs / "none")
 
 
 def test_a_finished_run(runs: Path) -> None:
@@ -116,5 +113,5 @@ def test_an_unfinished_ledger_of_another_version_is_named(runs: Path) -> None:
     row = json.loads(rounds.read_text().splitlines()[0])
     del row["cohort"]
     rounds.write_text(json.dumps(row) + "\n")
-    with pytest.raises(DroppeftError, match="lacks cohort"):
+    with refused("lacks cohort"):
         read_state(runs / "first")
