@@ -63,7 +63,7 @@ class Tab:
         return found["result"].get("value")
 
     def wait_for(self, script: str) -> Any:
-        """Wait until an expression is true, and return its value; what it reads may not exist yet."""
+        """Wait until an expression is true, also if it fails at first, and return its value."""
         guarded = f"(() => {{ try {{ return {script} }} catch {{ return null }} }})()"
         until = time.monotonic() + PATIENCE_S
         while not (found := self.value(guarded)):
@@ -123,5 +123,7 @@ def _tab_address(profile: Path) -> str:
         time.sleep(0.1)
     port = file.read_text().splitlines()[0]
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/json/list") as answer:
-        [address] = [one["webSocketDebuggerUrl"] for one in json.load(answer) if one["type"] == "page"]
+        [address] = [
+            one["webSocketDebuggerUrl"] for one in json.load(answer) if one["type"] == "page"
+        ]
     return str(address)

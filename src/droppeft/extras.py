@@ -12,7 +12,7 @@ EXTRAS = {
     "privacy": {"opacus": "opacus"},
     "quantization": {"bitsandbytes": "bitsandbytes"},
     "report": {"matplotlib": "matplotlib"},
-    "ui": {"gradio": "gradio"},
+    "ui": {"gradio": "gradio", "matplotlib": "matplotlib"},
 }
 """For each extra, the modules that it brings, with the names of their packages."""
 

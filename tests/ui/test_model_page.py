@@ -29,7 +29,7 @@ def test_a_text_gets_the_probabilities_that_predict_gives(whole_run: Path) -> No
     assert found == pytest.approx(expected)
     assert text_labels(whole_run) == ("text",)
     assert title_of(whole_run, 3, None).startswith("## Global model after round 3\n")
-    assert "on 20 test texts" in measured(predictor)
+    assert "on 60 test texts" in measured(predictor)
     with refused("the text is empty"):
         probabilities(predictor, ["  "])
 

@@ -36,7 +36,7 @@ from droppeft.errors import DroppeftError
 from droppeft.extras import require
 from droppeft.files import write_atomically
 from droppeft.report.calibration_figure import CAPTION, NAME, figure_of_result
-from droppeft.report.drawing import INK, svg
+from droppeft.report.drawing import inline, svg
 from droppeft.report.figures import (
     AXES,
     BARS,
@@ -105,7 +105,7 @@ def write_page(folder: Path) -> Path:
         variants=len({one.variant for one in records}),
         seeds=len({one.seed for one in records}),
         conclusion=_conclusion(folder),
-        calibration=[_inline(drawn[NAME][0])] if NAME in drawn else [],
+        calibration=[inline(drawn[NAME][0])] if NAME in drawn else [],
         calibration_caption=CAPTION,
         generated=_generated(folder),
         sections=sections,
@@ -173,7 +173,7 @@ def _section(part: Part, made: Mapping[str, str]) -> dict[str, Any]:
     """What the template shows of a part, whose figures are given as SVG by name."""
 
     def drawn(names: Iterable[str]) -> list[Markup]:
-        return [_inline(made[name]) for name in names if name in made]
+        return [inline(made[name]) for name in names if name in made]
 
     def starting(*prefixes: str) -> list[Markup]:
         return drawn(name for name in made if name.startswith(prefixes))
@@ -198,16 +198,6 @@ def _caption(names: Sequence[str], caption: str, part: Part) -> str:
     variants = len(part.rows)
     named = f" Of {variants} variants the {NAMED} that end best have names."
     return f"{caption}{dotted}{named if variants > NAMED else ''}"
-
-
-def _inline(text: str) -> Markup:
-    """An SVG element without XML header and fixed size, whose ink is the page's text colour."""
-    start = text.index("<svg")
-    end = text.index(">", start)
-    opening = " ".join(
-        word for word in text[start:end].split() if not word.startswith(("width=", "height="))
-    )
-    return Markup((opening + text[end:]).replace(INK, "currentColor"))
 
 
 def _table(part: Part, columns: Sequence[str]) -> tuple[list[str], list[list[str]]]:

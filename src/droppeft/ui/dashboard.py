@@ -10,23 +10,22 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from droppeft.errors import DroppeftError
 from droppeft.quantities import counted
 from droppeft.report.drawing import COLOURS
-from droppeft.report.result_html import data_name
+from droppeft.report.result_html import short_name
 from droppeft.report.screen import left_out
 from droppeft.runs.folder import CLIENTS, CONFIG, RESULT, ROUNDS
 from droppeft.tasks.metrics import METRICS
+from droppeft.ui.curves import draw_curves
 from droppeft.ui.local_page import load_gradio, serve_page
 from droppeft.ui.run_state import (
     ACROSS,
     CLIENT_COLUMNS,
     RunState,
     client_table,
-    curve,
     facts,
     find_runs,
     read_state,
@@ -38,8 +37,6 @@ from droppeft.ui.run_state import (
 EVERY_S = 3.0
 MOST_TICKED = 4
 """So many runs are ticked when the page is opened."""
-
-TRAIN_LOSS = "train loss"
 
 TEMPLATES = Environment(
     loader=PackageLoader("droppeft", "ui"), autoescape=True, undefined=StrictUndefined
@@ -59,7 +56,7 @@ def watch_runs(folder: Path, host: str, port: int | None) -> None:
 
 def nothing_in(folder: Path) -> str:
     """What is said about a folder without runs."""
-    return f"no run yet; it will appear here once it has begun, as by: droppeft run --out {folder}/NAME"
+    return f"no run yet; start one with: droppeft run --out {folder}/NAME"
 
 
 @dataclass(frozen=True)
@@ -109,7 +106,7 @@ def cards(runs: Mapping[str, Path], ticked: Sequence[str]) -> list[dict[str, Any
 def _card(run: RunState) -> dict[str, Any]:
     config, last = run.config, run.rows[-1] if run.rows else None
     about = (
-        f"{config.method} · {data_name(config.data)} · {counted(config.clients, 'client')} · "
+        f"{config.method} · {short_name(config.data)} · {counted(config.clients, 'client')} · "
         f"seed {config.seed}"
     )
     more = len(run.clients) - len(client_table(run))
@@ -136,25 +133,6 @@ def metric_labels(states: Iterable[RunState]) -> list[str]:
     return list(found)
 
 
-def curves(shown: Sequence[Mapping[str, Any]], label: str, across: str) -> pd.DataFrame:
-    """Return a row for each point of the curve of each run: run, x and y.
-
-    Args:
-        shown: as :func:`cards` returns them.
-        label: of a metric, or ``TRAIN_LOSS``.
-        across: one of :data:`~droppeft.ui.run_state.ACROSS`.
-    """
-    keys = {metric.label: metric.key("global") for metric in METRICS.values()}
-    column = keys.get(label, "train_loss")
-    rows = [
-        (card["name"], *point)
-        for card in shown
-        if card["state"] is not None
-        for point in curve(card["state"], column, across)
-    ]
-    return pd.DataFrame(rows, columns=["run", "x", "y"])
-
-
 def dashboard(folder: Path) -> Any:
     """Return the page of the runs in a folder, a ``gradio.Blocks``; it refreshes itself."""
     gr = load_gradio()
@@ -163,15 +141,16 @@ def dashboard(folder: Path) -> Any:
         ticked = gr.CheckboxGroup([], label="Shown side by side", elem_classes="ticked")
         overview = gr.HTML()
         with gr.Row():
-            metric = gr.Radio([], label="Quality of the global model", visible=False)
-            across = gr.Radio(list(ACROSS), value=ACROSS[0], label="Over", visible=False)
-        with gr.Row():
-            quality, loss = (gr.LinePlot(x="x", y="y", color="run", visible=False) for _ in "ab")
-        with gr.Accordion("Clients in the last round", visible=False) as last_round:
+            metric = gr.Radio([], label="Quality of the global model", min_width=280)
+            across = gr.Radio(list(ACROSS), value=ACROSS[0], label="Over", min_width=280)
+        figures = gr.HTML()
+        with gr.Accordion("Clients in the last round"):
             clients = gr.HTML()
+        with gr.Accordion("Conclusions of finished runs", open=False):
+            conclusions = gr.HTML()
         seen = gr.State()
         inputs = [ticked, metric, across, seen]
-        outputs = [*inputs, overview, quality, loss, last_round, clients]
+        outputs = [ticked, metric, seen, overview, figures, clients, conclusions]
 
         def refresh(*values: Any) -> list[Any]:
             return _refreshed(gr, folder, *values) or [gr.skip()] * len(outputs)
@@ -204,26 +183,33 @@ def _refreshed(
 ) -> list[Any] | None:
     """New values of the outputs of :func:`dashboard`; ``None`` if nothing has changed."""
     runs = find_runs(folder) if folder.is_dir() else {}
-    shown_names = choose(look(runs, ()), ticked, seen.found.names if seen else None)
-    found = look(runs, shown_names)
-    if seen == Seen(found, shown_names, metric, across):
+    names = choose(look(runs, ()), ticked, seen.found.names if seen else None)
+    found = look(runs, names)
+    if seen == Seen(found, names, metric, across):
         return None
-    shown = cards(runs, shown_names)
+    shown = cards(runs, names)
     labels = metric_labels(card["state"] for card in shown if card["state"] is not None)
     label = metric if metric in labels else next(iter(labels), None)
-    colours = {card["name"]: card["colour"] for card in shown}
-    looks = {"color_map": colours, "x_title": across, "visible": bool(labels)}
     return [
-        _ticks(gr, found, None if shown_names == list(ticked) else shown_names),
-        gr.update(choices=labels, value=label, visible=bool(labels)),
-        gr.update(visible=bool(labels)),
-        Seen(found, shown_names, label, across),
+        _ticks(gr, found, None if names == list(ticked) else names),
+        gr.update(choices=labels, value=label),
+        Seen(found, names, label, across),
         _rendered("runs.html", shown, nothing="" if runs else nothing_in(folder)),
-        gr.update(value=curves(shown, label or "", across), y_title=label, **looks),
-        gr.update(value=curves(shown, TRAIN_LOSS, across), y_title=TRAIN_LOSS, **looks),
-        gr.update(visible=bool(labels)),
+        _figures(shown, label, across),
         _rendered("clients.html", shown, columns=CLIENT_COLUMNS),
+        _rendered("conclusions.html", shown),
     ]
+
+
+def _figures(shown: Sequence[Mapping[str, Any]], label: str | None, across: str) -> str:
+    """The curves of quality and training loss; nothing before the first round."""
+    if label is None:
+        return ""
+    [metric] = [metric for metric in METRICS.values() if metric.label == label]
+    states = [(card["name"], card["state"]) for card in shown]
+    columns = {metric.key("global"): label, "train_loss": "train loss"}
+    drawn = (draw_curves(states, column, name, across) for column, name in columns.items())
+    return f'<div class="figures">{"".join(f"<div>{one}</div>" for one in drawn)}</div>'
 
 
 def choose(found: Looked, ticked: Sequence[str], known: Sequence[str] | None) -> list[str]:
@@ -236,9 +222,7 @@ def choose(found: Looked, ticked: Sequence[str], known: Sequence[str] | None) ->
     """
     if known is None:
         return ticked_at_first(found)
-    began = [
-        name for name in found.names if name not in known and found.stages[name] == "running"
-    ]
+    began = [name for name in found.names if name not in known and found.stages[name] == "running"]
     kept = [name for name in ticked if name in found.names]
     return [*kept, *began[: max(0, MOST_TICKED - len(kept))]]
 

@@ -70,9 +70,10 @@ def local_app(page: Any) -> App:
 
     gradio = load_gradio()
     theme = gradio.themes.Base(font=FONT, font_mono=FONT_MONO, primary_hue="blue")
-    css = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
+    # As a part of the head, since gradio would lose borders from what it takes as `css`.
+    style = f"<style>{(Path(__file__).parent / 'page.css').read_text(encoding='utf-8')}</style>"
     app = gradio.mount_gradio_app(
-        FastAPI(), page, path="/", theme=theme, css=css, footer_links=[], show_error=True
+        FastAPI(), page, path="/", theme=theme, head=style, footer_links=[], show_error=True
     )
     return own_host_only(app)
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from droppeft.data.conversations import Message
 from droppeft.errors import DroppeftError
 from droppeft.quantities import counted
-from droppeft.report.result_html import data_name
+from droppeft.report.result_html import short_name
 from droppeft.report.screen import Screen
 from droppeft.report.talking import loaded
 from droppeft.runs.answering import Answering
@@ -66,7 +66,7 @@ def title_of(run: Path, round: int, client: int | None) -> str:
     config = saved_config(run)
     whose = "Global model" if client is None else f"Model of client {client}"
     when = f"after round {round}" if round else "before training"
-    return f"## {whose} {when}\n{config.method} · {data_name(config.data)} · `{run}`"
+    return f"## {whose} {when}\n{config.method} · {short_name(config.data)} · `{run}`"
 
 
 # Classes

@@ -84,7 +84,7 @@ def find_runs(folder: Path) -> dict[str, Path]:
 
 
 def _is_run(folder: Path) -> bool:
-    """Whether a folder with a configuration is that of a run: other programs have such files too."""
+    """Whether a folder with a configuration is that of a run, and not of another program."""
     return (folder / "checkpoints").is_dir() or (folder / RESULT).is_file()
 
 
