@@ -19,7 +19,7 @@ FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"),
     *("--no-first-run", "--remote-debugging-port=0"),
 )
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 
 
 class Tab:

@@ -42,7 +42,7 @@ def served(*arguments: object) -> Iterator[str]:
             pytest.fail(f"{said}, {process.stderr and process.stderr.read()}")
         yield said[-1].split()[0]
         process.send_signal(signal.SIGINT)
-        _, complaints = process.communicate(timeout=60)
+        _, complaints = process.communicate(timeout=120)
         assert (process.returncode, complaints) == (0, "")
     finally:
         process.kill()
@@ -66,7 +66,7 @@ def test_runs_are_shown_and_new_rounds_and_runs_appear(
     (run / "rounds.jsonl").write_text(rounds[: rounds.index("\n") + 30])
     with locked(run), served("ui", tmp_path) as address:
         tab.open(address)
-        tab.wait_for_text("round 2 of 3 goes on", "train loss", "clients in the last round")
+        tab.wait_for_text("round 2 of 3 goes on", "train loss", "first, round 1")
         (run / "rounds.jsonl").write_text(rounds)
         tab.wait_for_text("the final evaluation goes on")
         shutil.copytree(whole_run, tmp_path / "second")

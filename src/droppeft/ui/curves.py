@@ -32,6 +32,7 @@ def draw_curves(
         axis.set(xlabel=across if across == ACROSS[0] else f"{across} (s)", ylabel=label)
         if across == ACROSS[0]:
             axis.xaxis.set_major_locator(whole_numbers())
+        axis.set_xlim(left=0)
         axis.grid(visible=True)
         if axis.lines:
             columns = 1 if any(len(name) > 16 for name, _ in shown) else 3

@@ -48,9 +48,9 @@ def serve_page(page: Any, host: str, port: int | None) -> None:
     import uvicorn
 
     with _listening(host, port) as listening:
-        server = uvicorn.Server(
-            uvicorn.Config(local_app(page), log_level="warning", timeout_graceful_shutdown=1)
-        )
+        # Not to be told about pages that are still open when Ctrl-C ends the server.
+        quiet = {"log_level": "critical", "timeout_graceful_shutdown": 1}
+        server = uvicorn.Server(uvicorn.Config(local_app(page), **quiet))
         name = f"[{host}]" if ":" in host else host
         print(f"http://{name}:{listening.getsockname()[1]}   (Ctrl-C ends)", flush=True)
         if host not in (HOST, "localhost", "::1"):

@@ -131,7 +131,7 @@ def measured(predictor: Predictor) -> str:
         return ""
     metric = source.task.metrics[0]
     texts = counted(source.rows, "test text")
-    return f"\n\n{metric.label} {metric.text(source.value)} on {texts}"
+    return f" · {metric.label} {metric.text(source.value)} on {texts}"
 
 
 # Chat
@@ -157,6 +157,14 @@ def chat_page(answering: Answering, title: str) -> Any:
         gr.Markdown(title)
         gr.ChatInterface(
             answer,
+            # Texts are shown as they are, and without gradio's button to share them.
+            chatbot=gr.Chatbot(
+                show_label=False,
+                buttons=["copy", "copy_all"],
+                render_markdown=False,
+                scale=1,
+                render=False,
+            ),
             additional_inputs=[
                 gr.Slider(
                     0,
@@ -165,10 +173,18 @@ def chat_page(answering: Answering, title: str) -> Any:
                     step=0.05,
                     label="Temperature",
                     info="0: the most probable token; above: tokens are drawn.",
+                    render=False,
                 ),
-                gr.Slider(1, most, given.max_new_tokens, step=1, label="Most tokens of an answer"),
+                gr.Slider(
+                    1,
+                    most,
+                    given.max_new_tokens,
+                    step=1,
+                    label="Most tokens of an answer",
+                    render=False,
+                ),
             ],
-            additional_inputs_accordion="Settings",
+            additional_inputs_accordion=gr.Accordion("Settings", open=False, render=False),
             concurrency_limit=1,  # the model does one answer at a time
             api_name="chat",
         )
