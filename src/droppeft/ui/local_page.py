@@ -101,7 +101,7 @@ def _listening(host: str, port: int | None) -> socket.socket:
         try:
             return socket.create_server((host, number), family=family)
         except OSError as error:
-            reason = error.strerror or str(error)
+            reason = (error.strerror or str(error)).partition(" (")[0]
     raise DroppeftError(
         f"cannot listen at {host}, port {tried[0]}: {reason}; choose others with --host and --port"
     )
