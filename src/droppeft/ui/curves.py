@@ -8,7 +8,7 @@ from droppeft.report.drawing import inline, looks, new_figure, style, svg, whole
 from droppeft.ui.run_state import ACROSS, RunState, curve
 
 LONGEST_NAME = 34
-"""Characters of a run's name in the legend; of a longer one the beginning is left out."""
+"""Characters of a run's name in the legend; of a longer one the middle is left out."""
 
 
 def draw_curves(
@@ -27,7 +27,7 @@ def draw_curves(
             points = curve(run, column, across) if run else []
             if points:
                 every = max(1, len(points) // 10)
-                what = name if len(name) <= LONGEST_NAME else f"…{name[1 - LONGEST_NAME :]}"
+                what = _short(name)
                 axis.plot(*zip(*points, strict=True), **looks(number), label=what, markevery=every)
         axis.set(xlabel=across if across == ACROSS[0] else f"{across} (s)", ylabel=label)
         if across == ACROSS[0]:
@@ -38,3 +38,9 @@ def draw_curves(
             columns = 1 if any(len(name) > 16 for name, _ in shown) else 3
             figure.legend(loc="outside upper left", ncols=columns, frameon=False, fontsize=8.5)
     return inline(svg(figure))
+
+
+def _short(name: str) -> str:
+    """The name of a run without its folder, and without its middle if it is long."""
+    name = name.rpartition("/")[2]
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 9]}…{name[-8:]}"

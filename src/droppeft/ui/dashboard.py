@@ -149,15 +149,17 @@ def dashboard(folder: Path) -> Any:
         with gr.Accordion("Conclusions of finished runs", open=False):
             conclusions = gr.HTML()
         seen = gr.State()
+        # It starts with the first answer: before, the browser does not know yet what is ticked.
+        timer = gr.Timer(EVERY_S, active=False)
         inputs = [ticked, metric, across, seen]
-        outputs = [ticked, metric, seen, overview, figures, clients, conclusions]
+        outputs = [ticked, metric, seen, timer, overview, figures, clients, conclusions]
 
         def refresh(*values: Any) -> list[Any]:
             return _refreshed(gr, folder, *values) or [gr.skip()] * len(outputs)
 
         quietly = {"show_progress": "hidden", "api_visibility": "private"}
         page.load(refresh, inputs, outputs, **quietly)
-        gr.Timer(EVERY_S).tick(refresh, inputs, outputs, **quietly)
+        timer.tick(refresh, inputs, outputs, **quietly)
         for control in (ticked, metric, across):
             control.input(refresh, inputs, outputs, **quietly)
     return page
@@ -194,6 +196,7 @@ def _refreshed(
         _ticks(gr, found, None if names == list(ticked) else names),
         gr.update(choices=labels, value=label),
         Seen(found, names, label, across),
+        gr.update(active=True),
         _rendered("runs.html", shown, nothing="" if runs else nothing_in(folder)),
         _figures(shown, label, across),
         _rendered("clients.html", shown, columns=CLIENT_COLUMNS),
