@@ -11,6 +11,7 @@ from droppeft.quantities import bytes_text, counted, percent
 from droppeft.runs.ledger import RoundRow
 from droppeft.runs.summary import SMOOTHED_EVALUATIONS
 from droppeft.tasks.metrics import ACCURACY, Metric, primary_metric
+from droppeft.tasks.predictions import confused_sentence
 
 MARGIN = 0.01
 """Losses that differ by no more than this are not called different."""
@@ -55,6 +56,7 @@ def conclude(result: Mapping[str, Any], rows: Sequence[RoundRow], trend: Trend |
         _without_global_model(result, rows),
         _divergence(result, rows),
         _quality(result, trend),
+        _confused(result),
         trend.sentence if trend else None,
         _delivered(result, rows),
         _dropping(result, rows),
