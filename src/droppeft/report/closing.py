@@ -99,20 +99,20 @@ def _model_and_data(result: Mapping[str, Any]) -> list[str]:
         named = {"task": result["task"], **named}
     named |= {
         key: item
-        for key, item in _given(result)
+        for key, item in given_settings(result)
         if key.startswith(COMPARED) and key != "training.precision"  # the hardware chooses it again
     }
-    return [shlex.quote(f"{key}={_as_word(value)}") for key, value in named.items()]
+    return [shlex.quote(f"{key}={as_word(value)}") for key, value in named.items()]
 
 
-def _as_word(value: Any) -> str:
+def as_word(value: Any) -> str:
     """A value as it is written on the command line."""
     if isinstance(value, list):
         return ",".join(map(str, value))
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _given(result: Mapping[str, Any]) -> list[tuple[str, Any]]:
+def given_settings(result: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """The settings of the run that differ from their defaults."""
     return list(given(build_config(result["config"])).items())
 
@@ -161,7 +161,7 @@ def _global_lines(
         why = "not finite" if result["test_rows"] else "there is no global model"
         return [(metric.label, "–", why)]
     others = [
-        (other.label, other.text(result[other.key("global")]), _note(other, result))
+        (other.label, other.text(result[other.key("global")]), which_f1(other, result))
         for other in metrics_in(result)
         if other not in (metric, LOSS)
     ]
@@ -234,7 +234,7 @@ def _reference_lines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     ]
 
 
-def _note(metric: Metric, result: Mapping[str, Any]) -> str:
+def which_f1(metric: Metric, result: Mapping[str, Any]) -> str:
     """What is particular to a metric: which F1 score it is."""
     if metric != F1:
         return ""

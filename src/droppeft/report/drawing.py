@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from markupsafe import Markup
+
 INK = "#262626"
 COLOURS = (
     *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"),
@@ -35,6 +37,20 @@ def svg(figure: Any) -> str:
     with style():
         figure.savefig(text, format="svg", metadata={"Date": None}, transparent=True)
     return text.getvalue()
+
+
+def inline(image: str) -> Markup:
+    """An SVG element without XML header and fixed size, whose ink is the page's text colour.
+
+    Args:
+        image: as :func:`svg` returns it.
+    """
+    start = image.index("<svg")
+    end = image.index(">", start)
+    opening = " ".join(
+        word for word in image[start:end].split() if not word.startswith(("width=", "height="))
+    )
+    return Markup((opening + image[end:]).replace(INK, "currentColor"))
 
 
 @contextmanager

@@ -32,7 +32,8 @@ def result_html(result: Mapping[str, Any], rows: Sequence[RoundRow], folder: Pat
         f'<td style="{CELL};{SOFT}">{escape(note)}</td></tr>'
         for name, value, note in _lines(result, metric)
     )
-    title = f"{result['method']} · {_name(result['data'])} · {counted(result['rounds'], 'round')}"
+    data = short_name(result["data"])
+    title = f"{result['method']} · {data} · {counted(result['rounds'], 'round')}"
     return (
         '<div style="color:inherit;font-variant-numeric:tabular-nums;line-height:1.4">'
         f"<div><b>droppeft</b> · {escape(title)}</div>"
@@ -98,6 +99,7 @@ def _sentences(result: Mapping[str, Any]) -> str:
     )
 
 
-def _name(data: str) -> str:
+def short_name(data: str) -> str:
+    """Return the name of a data set or model, without the folders of an absolute path."""
     path = Path(data)
     return BUILT_IN.get(data, path.name if path.is_absolute() else data)
