@@ -17,6 +17,7 @@ from droppeft.config import build_config
 from droppeft.config.task_detection import CAUSAL_LM, CLASSIFICATION, detected_task
 from droppeft.methods.rules import given
 from droppeft.quantities import bytes_text, counted, joules_text, seconds_text, share
+from droppeft.runs.folder import PAGE
 from droppeft.tasks.metrics import F1, LOSS, TEXT_METRICS, Metric, metrics_in, primary_metric
 
 SAMPLE_LENGTH = 240
@@ -37,19 +38,23 @@ YOUR_OWN = {
 SAMPLE_STYLES = {"prompt": "dim", "reference": "cyan", "before": "yellow", "after": "green"}
 
 
-def closing(result: Mapping[str, Any], folder: Path | None) -> Group:
-    """The table, the conclusion and the next commands.
+def closing(result: Mapping[str, Any], folder: Path | None, *, commands: bool = True) -> Group:
+    """The table, the conclusion, where the page is, and the next commands.
 
     Args:
         result: content of ``result.json``.
-        folder: of the run; ``None`` leaves the commands out.
+        folder: of the run; ``None`` leaves page and commands out.
+        commands: whether to say what to type next.
     """
     parts: list[RenderableType] = [table(result), *_samples(result)]
     parts.append(Text("Conclusion", style="bold"))
     rounds = "round" if result["rounds"] == 1 else f"{result['rounds']} rounds"
     time = f"The {rounds} took {seconds_text(result['host_wall_s'])} here."
     parts += [Padding(Text(sentence), (0, 2)) for sentence in (*result["conclusion"], time)]
-    if folder is not None:
+    if folder is not None and (folder / PAGE).is_file():
+        page = Text(str(folder / PAGE), style="cyan", overflow="fold")
+        parts += [Text(""), Text("Page", style="bold"), Padding(page, (0, 2))]
+    if folder is not None and commands:
         parts += [
             Text(""),
             Text("Next", style="bold"),
@@ -66,7 +71,6 @@ def next_commands(result: Mapping[str, Any], folder: Path) -> Group:
     if result["trend"] == "improving":
         more = f"resume {run} rounds={2 * result['rounds']}"
         commands[more] = "More rounds, since it was still improving:"
-    commands[f"report {run}"] = "Figures and settings of this run, as an HTML page:"
     if result[primary_metric(result).key("global")] is not None:
         commands[f"export {run} --merge"] = "The model in transformers' format:"
         if result["task"] == CAUSAL_LM:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from droppeft.config import flat
 from droppeft.errors import DroppeftError
 from droppeft.extras import missing_packages
 from droppeft.files import write_atomically
@@ -87,7 +88,7 @@ def write_run_page(folder: Path) -> Path:
         no_clock=result["no_clock_reason"],
         rounds=rounds_table(rows, metric),
         facts=list(facts({**result, **NOT_KNOWN}, None)),
-        lists=_lists(folder, result),
+        lists=_lists(result),
         folder=folder.resolve().name,
     )
     write_atomically(folder / PAGE, text.encode())
@@ -191,6 +192,15 @@ def _figures(result: Mapping[str, Any], rows: Sequence[RoundRow]) -> dict[str, A
     return {**images, "calibration_caption": CAPTION}
 
 
+def _caption(result: Mapping[str, Any]) -> str:
+    """What the figures by round show."""
+    return (
+        f"Test values are on the same {counted(result['sampled_test_rows'], 'test text')} in every "
+        "round; round 0 is before training. A training loss is the mean over the steps of the "
+        "round's clients."
+    )
+
+
 def _keeps_mistakes(result: Mapping[str, Any]) -> bool:
     return bool(result["config"]["evaluation"].get("mistakes")) and "confusion" in result
 
@@ -258,14 +268,15 @@ def _unmeasured(failures: Sequence[Mapping[str, Any]]) -> str | None:
     )
 
 
-def _lists(folder: Path, result: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+def _lists(result: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     """Settings, versions and machine, each with a title."""
     given = [f"{key}={as_word(value)}" for key, value in given_settings(result)]
+    every = [f"{key}={as_word(value)}" for key, value in flat(result["config"]).items()]
     machine = dict(result["machine"])
     machine["memory"] = bytes_text(machine.pop("memory_bytes"))
     return [
         ("Settings that differ from the defaults", given or ["none"]),
-        (f"All settings ({CONFIG})", [(folder / CONFIG).read_text(encoding="utf-8")]),
+        ("All settings", every),
         ("Versions", [f"{name} {value}" for name, value in result["versions"].items()]),
         ("Machine", [f"{name}: {value}" for name, value in machine.items()]),
     ]
