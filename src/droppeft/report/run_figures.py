@@ -15,7 +15,7 @@ DOTS = ((0, (1, 1.5)), (0, (5, 2)), (0, (6, 2, 1, 2)), (0, (1, 4)))
 
 
 def run_figures(rows: Sequence[RoundRow], result: Mapping[str, Any]) -> list[Any]:
-    """Return matplotlib figures of quality and losses by round, those that have values.
+    """Return matplotlib figures of quality and losses by round, the primary metric first.
 
     Args:
         rows: of all rounds.
@@ -23,8 +23,9 @@ def run_figures(rows: Sequence[RoundRow], result: Mapping[str, Any]) -> list[Any
     """
     with style():
         metric = shown_metric(result)
-        made = [] if metric is None else [_quality(rows, result, metric)]
-        made.append(_losses(rows, result))
+        quality = None if metric is None else _quality(rows, result, metric)
+        losses = _losses(rows, result)
+    made = [losses, quality] if result["metric"] == LOSS.name else [quality, losses]
     return [figure for figure in made if figure is not None]
 
 

@@ -76,8 +76,13 @@ class Classification:
         loss = functional.cross_entropy(logits, labels, reduction="sum")
         predicted = logits.argmax(dim=-1)
         probability = logits.softmax(dim=-1).gather(-1, predicted.unsqueeze(-1)).squeeze(-1)
-        arrays = (tensor.cpu().numpy() for tensor in (predicted, labels, probability))
-        return BatchResult(float(loss), len(labels), Predictions(*arrays, logits.shape[-1]))
+        observed = Predictions(
+            predicted.cpu().numpy(),
+            labels.cpu().numpy(),
+            probability.cpu().numpy(),
+            classes=logits.shape[-1],
+        )
+        return BatchResult(float(loss), len(labels), observed)
 
     def losses_by_row(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the cross-entropy of each row (B,), and 1 for each."""
