@@ -320,5 +320,3 @@ def test_a_comparison_whose_runs_all_failed_has_a_page(compared: Path, tmp_path:
     write_tables(tmp_path, study, lost)
     reader = Reader(write_page(tmp_path).read_text(encoding="utf-8"))
     assert any("full failed: lost" in part for part in reader.texts)
-
-

@@ -118,7 +118,7 @@ def test_clients_that_were_left_out_are_named(run: Path) -> None:
 def test_ten_thousand_clients_fit_on_a_page(whole_run: Path) -> None:
     [row, *_] = rows_of(whole_run / "clients.jsonl")
     rows = [{**row, "client": client, "profile": f"p{client % 3}"} for client in range(9000)]
-    rows += [{**row, "client": 5, "accepted": False}]
+    rows += [{**rows[5], "accepted": False}]
     found = client_activity.totals_by_client(rows, {"metric": "accuracy", "personalised": []})
     table = client_activity.spread(found, ACCURACY)
     assert len(table.rows) < 10

@@ -201,5 +201,3 @@ def _means(each: Iterator[Sequence[float]]) -> list[float]:
 
 def _mean_s(values: Sequence[float]) -> str:
     return f"{fmean(values):.2f}" if values else UNKNOWN
-
-

@@ -90,9 +90,7 @@ def _matrix(counts: Sequence[Sequence[int]], names: Sequence[str]) -> list[list[
 
 def _pairs(counts: Sequence[Sequence[int]], names: Sequence[str]) -> PageTable:
     found = most_confused(counts, PAIRS) if len(names) > 2 else []
-    rows = [
-        (names[one.true], names[one.predicted], f"{one.rows:,} of {one.of:,}") for one in found
-    ]
+    rows = [(names[one.true], names[one.predicted], f"{one.rows:,} of {one.of:,}") for one in found]
     return PageTable(("true class", "predicted class", "test texts"), rows)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+
 from droppeft.config import flat
 from droppeft.errors import DroppeftError
 from droppeft.extras import missing_packages
