@@ -29,6 +29,9 @@ COMPARED = (
 )
 """Beginnings of the settings that another method shall have, too, to be comparable."""
 
+NOT_COMPARED = ("training.precision", "evaluation.mistakes")
+"""Settings that begin so, but are chosen by the hardware again, or concern one run alone."""
+
 YOUR_OWN = {
     CLASSIFICATION: ("run data=FILE.csv", "text and label"),
     CAUSAL_LM: ("run data=FILE.jsonl", "prompt and completion"),
@@ -104,7 +107,7 @@ def _model_and_data(result: Mapping[str, Any]) -> list[str]:
     named |= {
         key: item
         for key, item in given_settings(result)
-        if key.startswith(COMPARED) and key != "training.precision"  # the hardware chooses it again
+        if key.startswith(COMPARED) and key not in NOT_COMPARED
     }
     return [shlex.quote(f"{key}={as_word(value)}") for key, value in named.items()]
 

@@ -60,7 +60,7 @@ def _quality(rows: Sequence[RoundRow], result: Mapping[str, Any], metric: Metric
             value, color=INK, linewidth=1, linestyle=DOTS[place], label=f"{name} {value:.1%}"
         )
     axis.set(ylabel=metric.label, xlabel="round")
-    axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axis.yaxis.set_major_formatter(PercentFormatter(1))
     return _finished(figure, axis)
 
 

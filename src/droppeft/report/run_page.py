@@ -129,24 +129,28 @@ def _subtitle(result: Mapping[str, Any]) -> str:
 def _headline(result: Mapping[str, Any], metric: Metric) -> tuple[str, str]:
     """The primary metric of the global model, or else of the clients' models, and what it is."""
     name = "loss per token" if metric == LOSS else metric.label
-    unit = " nats" if metric == LOSS else ""
     value, own = (result[metric.key(whose)] for whose in ("global", "personalised"))
     if value is not None and result[LOSS.key("global")] is not None:
         texts = counted(result["test_rows"], "test text")
-        return f"{metric.in_percent(value)}{unit}", f"{name} of the global model on {texts}"
+        return _text(metric, value), f"{name} of the global model on {texts}"
     if own is not None:
         clients = counted(result["personalised_clients"], "client")
         return (
-            f"{metric.in_percent(own)}{unit}",
+            _text(metric, own),
             f"{name} of the clients' own models on their own test texts, mean of {clients}",
         )
     return "–", "the run has no model with finite values"
 
 
+def _text(metric: Metric, value: float) -> str:
+    """A value with its unit."""
+    return f"{metric.in_percent(value)}{' nats' if metric == LOSS else ''}"
+
+
 def _tiles(result: Mapping[str, Any], metric: Metric) -> Iterator[tuple[str, str, str]]:
     """Name, value and note of what else is worth seeing at once."""
     sample = f"on {counted(result['sampled_test_rows'], 'test text')}"
-    yield "before training", metric.in_percent(result[metric.key("initial")]), sample
+    yield "before training", _text(metric, result[metric.key("initial")]), sample
     if "majority_accuracy" in result:
         yield "most frequent class", metric.in_percent(result["majority_accuracy"]), "always named"
     if result.get("tfidf_accuracy") is not None:
@@ -157,13 +161,13 @@ def _tiles(result: Mapping[str, Any], metric: Metric) -> Iterator[tuple[str, str
             note = which_f1(other, result) or "global model"
             yield other.label, other.in_percent(result[other.key("global")]), note
     if result[metric.key("personalised")] is not None:
-        worst = metric.in_percent(result["personalised_worst_tenth"])
+        worst = _text(metric, result["personalised_worst_tenth"])
         note = f"mean on their own test texts; worst tenth {worst}"
-        yield "clients' models", metric.in_percent(result[metric.key("personalised")]), note
+        yield "clients' models", _text(metric, result[metric.key("personalised")]), note
     if result["target"] is not None:
         reached = result["target_round"]
         value = "not reached" if reached is None else f"round {reached}"
-        yield f"target {metric.in_percent(result['target'])}", value, "mean of three evaluations"
+        yield f"target {_text(metric, result['target'])}", value, "mean of three evaluations"
     if result["privacy"] is not None:
         note = f"differential privacy of each client, delta {result['privacy']['delta']:g}"
         yield "epsilon", f"{result['privacy']['epsilon']:.3g}", note
@@ -250,8 +254,8 @@ def _clients(folder: Path, result: Mapping[str, Any], rows: Sequence[RoundRow]) 
     return {
         "sentence": participation(rows, found, result["clients"]),
         "tables": [
-            by_client(found, metric) if is_few else spread(found, metric),
-            by_device(found),
+            (by_client(found, metric), "two") if is_few else (spread(found, metric), "wordy"),
+            (by_device(found), ""),
         ],
         "left_out": left_out(rows),
         "unmeasured": _unmeasured(result["personalised_failures"]),
