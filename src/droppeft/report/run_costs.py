@@ -105,5 +105,5 @@ def times_chosen(rows: Sequence[RoundRow]) -> PageTable:
         (f"{label} (best at the end)" if label == best else label, f"{count:,}", f"{late[label]:,}")
         for label, count in every.most_common()
     ]
-    last = f"in the last {counted(third, 'round')}"
+    last = "in the last round" if third == 1 else f"in the last {third:,} rounds"
     return PageTable(("trained layers", "times chosen", last), cells)

@@ -30,7 +30,7 @@ from droppeft.report.closing import as_word, given_settings, which_f1
 from droppeft.report.confusion_table import confusion_table
 from droppeft.report.drawing import inline, style, svg
 from droppeft.report.layers import of_layers
-from droppeft.report.opening import facts
+from droppeft.report.opening import BUILT_IN, facts
 from droppeft.report.result_html import short_name
 from droppeft.report.run_costs import costs, rounds_table, times_chosen
 from droppeft.report.run_figures import run_figures
@@ -72,7 +72,7 @@ def write_run_page(folder: Path) -> Path:
     result, rows = read_result(folder), read_rounds(folder / ROUNDS)
     metric = primary_metric(result)
     text = TEMPLATE.render(
-        title=f"{result['method']} on {short_name(result['data'])}",
+        title=f"{result['method']} on {_named(result['data'], 'built-in texts')}",
         subtitle=_subtitle(result),
         headline=_headline(result, metric),
         sentences=result["conclusion"],
@@ -115,10 +115,15 @@ def check_finished(folder: Path) -> None:
     raise DroppeftError(f"{folder}: holds no finished run (no {RESULT}) and no comparison")
 
 
+def _named(name: str, built_in: str) -> str:
+    """The name of data or of a model, without the folders of an absolute path."""
+    return built_in if name in BUILT_IN else short_name(name)
+
+
 def _subtitle(result: Mapping[str, Any]) -> str:
     return " · ".join(
         (
-            f"model {short_name(result['model'])}",
+            f"model {_named(result['model'], 'all-MiniLM-L6-v2')}",
             counted(result["clients"], "client"),
             counted(result["rounds"], "round"),
             f"seed {result['seed']}",
