@@ -106,11 +106,11 @@ def test_a_run_without_clock_global_model_and_figures(
 def test_clients_that_were_left_out_are_named(run: Path) -> None:
     def change(row: dict[str, Any]) -> None:
         row["late"] = [3] if row["round"] > 1 else []
-        row["failures"] = [{"client": 2, "reason": "sent <nothing>"}] if row["round"] == 1 else []
+        row["failures"] = [{"client": 2, "reason": f"sent <{row['round']}>"}]
 
     rewrite(run, "rounds.jsonl", change)
     texts = Reader(write_run_page(run).read_text()).texts
-    for reason, times, client in (("late on", "2", "3"), ("not merged: sent <nothing>", "1", "2")):
+    for reason, times, client in (("late on", "2", "3"), ("not merged: sent <1>", "3", "2")):
         [place] = [at for at, text in enumerate(texts) if text.startswith(reason)]
         assert texts[place + 1 : place + 3] == [times, client]
 

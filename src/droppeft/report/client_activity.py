@@ -3,6 +3,7 @@
 A table names every client if there are few. Of many clients it has the least, median and most.
 """
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ NAMED = 30
 
 REASONS = 12
 """Most reasons for which updates were left out."""
+
+NUMBER = re.compile(r"\d+(\.\d+)?")
 
 EXAMPLES = 5
 """Most clients that are named for a reason."""
@@ -159,9 +162,10 @@ def by_device(found: Mapping[int, ClientTotals]) -> PageTable:
 def left_out(rows: Sequence[RoundRow]) -> PageTable:
     """Return a table of why updates were not merged, or not as they were, the most often first."""
     found: defaultdict[str, list[int]] = defaultdict(list)
+    known: dict[str, str] = {}  # the first of reasons that differ in their numbers alone
     for row in rows:
         for reason, client in _left_out(row):
-            found[reason].append(client)
+            found[known.setdefault(NUMBER.sub("", reason), reason)].append(client)
     frequent = sorted(found.items(), key=lambda pair: -len(pair[1]))
     shown = [(reason, f"{len(who):,}", _named(who)) for reason, who in frequent[:REASONS]]
     if rest := frequent[REASONS:]:

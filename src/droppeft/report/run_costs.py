@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from droppeft.quantities import bytes_text, counted, joules_text, percent, seconds_text
+from droppeft.quantities import bytes_text, joules_text, percent, seconds_text
 from droppeft.report.closing import layers_above_the_frozen
 from droppeft.report.page_table import UNKNOWN, PageTable
 from droppeft.runs.ledger import RoundRow
