@@ -241,6 +241,8 @@ def test_a_run_on_the_screen(droppeft: Command, tiny_overrides: list[str], tmp_p
     assert f"\nresults  runs/{folder.name}" in output.out
     assert "\ntime     less than a minute" in output.out
     assert output.out.count("\nround ") == 3
+    assert (folder / "report.html").is_file()
+    assert f" Page runs/{folder.name}/report.html Next " in " ".join(output.out.split())
     result = json.loads((folder / "result.json").read_text())
     assert " ".join(result["conclusion"]) in " ".join(output.out.split())
     assert "\x1b" not in output.out

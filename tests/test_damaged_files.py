@@ -196,7 +196,8 @@ READERS: tuple[tuple[str, tuple[str, ...], tuple[Command, ...]], ...] = (
     ("finished", ("result.json",), (resume, export, predict, report)),
     ("finished", ("config.toml", CHECKPOINTS.format(3)), (extend, export, predict, start_from)),
     ("finished", LEDGERS, (extend,)),
-    ("finished", ("rounds.jsonl",), (export, report)),
+    ("finished", ("rounds.jsonl",), (export,)),
+    ("finished", LEDGERS, (report,)),
     (
         "finished",
         tuple(f"adapter/adapter_{name}" for name in ("config.json", "model.safetensors")),

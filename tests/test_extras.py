@@ -74,7 +74,6 @@ def test_every_direct_requirement_has_a_version_that_is_known_to_work() -> None:
         ("flwr", ["run", "transport=flower"], "flower"),
         ("ray", ["run", "transport=flower"], "flower"),
         ("bitsandbytes", ["run", "quantization=4bit"], "quantization"),
-        ("matplotlib", ["report", "runs/some"], "report"),
         ("matplotlib", ["compare", "fedlora", "droppeft"], "report"),
         ("matplotlib", ["profile", "--out", "folder"], "report"),
         ("gradio", ["ui"], "ui"),

@@ -18,6 +18,7 @@ from droppeft.federated_method import Method
 from droppeft.methods import register
 from droppeft.methods.rules import check_settings
 from droppeft.models.in_memory import save_model
+from droppeft.report.page_writer import PageWriter
 from droppeft.report.screen import Screen
 from droppeft.results import Model, Result, one_at_a_time
 from droppeft.runs.callbacks import Callbacks
@@ -206,9 +207,9 @@ def _worked(
     """Do the work of a run in ``folder`` and return its result."""
     with ExitStack() as stack:
         stack.enter_context(one_at_a_time())
-        told: list[object] = [listeners]
+        told: list[object] = [PageWriter(folder), listeners]
         if progress:
-            told.insert(0, stack.enter_context(Screen(folder=folder, commands=False)))
+            told.insert(1, stack.enter_context(Screen(folder=folder, commands=False)))
         try:
             work(Callbacks(told))
         except Interrupted as stop:

@@ -183,10 +183,17 @@ def compare(
 def report(
     folder: Annotated[Path, typer.Argument(help="Folder of a finished run or a comparison.")],
 ) -> None:
-    """Write an HTML page about a run or a comparison, and its figures as PNG and SVG."""
-    from droppeft.report.page import write_page
+    """Write the HTML page of a run again, or the page and the figures of a comparison."""
+    from droppeft.comparison.study_files import STUDY
 
-    typer.echo(write_page(folder))
+    if (folder / STUDY).is_file():
+        from droppeft.report.page import write_page
+
+        typer.echo(write_page(folder))
+    else:
+        from droppeft.report.run_page import write_run_page
+
+        typer.echo(write_run_page(folder))
 
 
 for with_model in (export, predict, chat, generate, serve):
@@ -304,15 +311,18 @@ def _with_listener(
     work: "Callable[[Listener], None]", folder: Path, quiet: bool, as_json: bool
 ) -> None:
     """Do the work of a run in ``folder``, with the listener that the flags choose."""
+    from droppeft.report.page_writer import PageWriter
     from droppeft.report.screen import JsonLines, Quiet, Screen
+    from droppeft.runs.callbacks import Callbacks
 
+    page = PageWriter(folder)
     try:
         if as_json or quiet:
-            work(JsonLines() if as_json else Quiet())
+            work(Callbacks([page, JsonLines() if as_json else Quiet()]))
         else:
             with Screen(folder=folder) as screen:
                 screen.preparing("loading PyTorch and transformers")
-                work(screen)
+                work(Callbacks([page, screen]))
     except KeyboardInterrupt:
         leave(f"stopped while preparing; {_how_to_go_on(folder)}", STOPPED)
     except OSError as error:

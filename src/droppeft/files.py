@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,11 @@ def as_json(value: Any, indent: int | None = None) -> str:
         indent: spaces of a level; ``None`` writes one line.
     """
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def as_json_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    """Return rows as the content of a JSON Lines file, each as :func:`as_json` writes it."""
+    return "".join(as_json(row) + "\n" for row in rows).encode()
 
 
 def _finite(value: Any) -> Any:

@@ -22,7 +22,9 @@ from droppeft.messages.reply import Reply
 from droppeft.methods import method_named
 from droppeft.models.hardware import resolve_here
 from droppeft.quantities import counted
+from droppeft.report.page_writer import PageWriter
 from droppeft.resources.model_shape import model_shape
+from droppeft.runs.callbacks import Callbacks
 from droppeft.runs.folder import CONFIG
 from droppeft.runs.ledger import RoundRow
 from droppeft.server.resume import resume_run
@@ -45,6 +47,7 @@ def main(grid: Grid, context: Context) -> None:
     logging.getLogger("flwr").addFilter(_is_not_said)
     given = {key: str(context.run_config[key]) for key in ("config", "settings", "out")}
     out = Path(given["out"]).expanduser()
+    listener = Callbacks([PageWriter(out), Log()])
 
     def connect(loaded: Loaded) -> AbstractContextManager[Transport]:
         return nullcontext(over_grid(grid, loaded, say=_say))
@@ -63,9 +66,9 @@ def main(grid: Grid, context: Context) -> None:
             if given["config"] or given["settings"]:
                 _check_same(requested, saved, out)
             _say(f"resuming {out}")
-            resume_run(out, Log(), connect)
+            resume_run(out, listener, connect)
         else:
-            start_run(requested, out, Log(), connect)
+            start_run(requested, out, listener, connect)
     except DroppeftError as error:
         _say(str(error))
         raise

@@ -1,11 +1,9 @@
-"""The page about a comparison or a run: complete, self-contained, reproducible."""
+"""The page about a comparison: complete, self-contained, reproducible."""
 
-import json
 import re
 import tomllib
 import xml.etree.ElementTree as ET
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -17,14 +15,12 @@ from droppeft.comparison.runner import run_cells
 from droppeft.comparison.study_files import Row, RunRecord, read_tables, write_tables
 from droppeft.comparison.summary import summary
 from droppeft.comparison.writers import COLUMNS, TEXTS, as_markdown, write
-from droppeft.errors import DroppeftError
 from droppeft.report.drawing import INK, svg
 from droppeft.report.figures import (
     AXES,
     BARS,
     EACH,
     NAMED,
-    OF_THE_TARGET,
     TWO,
     curve_points,
     figures,
@@ -32,6 +28,7 @@ from droppeft.report.figures import (
 from droppeft.report.layers import of_layers
 from droppeft.report.page import FIGURES, PAGE, read_folder, write_page
 from droppeft.tasks.metrics import LOSS
+from page_reader import Reader, check_self_contained
 from runs import Recorder
 
 CONFIGURATOR = ("rates-2", "arms-2", "trained-2")
@@ -87,32 +84,8 @@ def compared(tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory
     return out
 
 
-class Reader(HTMLParser):
-    """Collects tags, links and texts."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.links: list[str] = []
-        self.texts: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.links += [value or "" for name, value in attrs if name in ("src", "href")]
-        self.links += [value or "" for name, value in attrs if name == "xlink:href"]
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append(data)
-
-
 def test_the_page_is_self_contained(compared: Path) -> None:
-    text = (compared / PAGE).read_text(encoding="utf-8")
-    reader = Reader(text)
-    assert not {"script", "link", "img", "iframe", "object"} & set(reader.tags)
-    assert all(link.startswith("#") for link in reader.links)
-    assert "@import" not in text
-    assert not re.findall(r"url\((?!#)", text)
+    check_self_contained((compared / PAGE).read_text(encoding="utf-8"))
 
 
 def test_the_page_shows_every_variant_figure_and_failure(compared: Path) -> None:
@@ -341,39 +314,9 @@ def test_without_a_global_model_there_are_no_curves(compared: Path) -> None:
     assert not drawn.keys() & AXES.keys()
 
 
-def test_a_page_of_one_run(whole_run: Path, tmp_path: Path) -> None:
-    import shutil
-
-    folder = tmp_path / "run"
-    shutil.copytree(whole_run, folder)
-    text = write_page(folder).read_text(encoding="utf-8")
-    reader = Reader(text)
-    result = json.loads((folder / "result.json").read_text())
-    assert result["method"] in reader.texts
-    by_layer = 2  # which were sent, and their gradients
-    drawn = len(AXES) + len(BARS) - len(OF_THE_TARGET) + len((EACH,)) + by_layer
-    assert reader.tags.count("svg") == drawn
-    assert any("gradient norm of each layer" in text for text in reader.texts)
-    assert any("clients that sent each layer" in text for text in reader.texts)
-    assert f"{result['global_accuracy']:.3f}".replace("0.", ".", 1) in reader.texts
-
-
-def test_a_folder_without_a_result_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DroppeftError, match="holds no finished run"):
-        write_page(tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_comparison_whose_runs_all_failed_has_a_page(compared: Path, tmp_path: Path) -> None:
     study, records = read_tables(compared)
     lost = [replace(one, result=None, rows=[], clients=[], failure="lost") for one in records]
     write_tables(tmp_path, study, lost)
     reader = Reader(write_page(tmp_path).read_text(encoding="utf-8"))
     assert any("full failed: lost" in part for part in reader.texts)
-
-
-def test_a_result_of_another_version_is_refused(whole_run: Path, tmp_path: Path) -> None:
-    result = json.loads((whole_run / "result.json").read_text()) | {"schema_version": 3}
-    (tmp_path / "result.json").write_text(json.dumps(result))
-    with pytest.raises(DroppeftError, match="was written by another version of droppeft"):
-        write_page(tmp_path)

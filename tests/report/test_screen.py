@@ -162,7 +162,6 @@ def test_a_run_ends_with_a_conclusion_and_what_to_type_next(
     assert f"The {len(rows)} rounds took " in words
     assert words.startswith(" ".join(result["conclusion"]))
     assert re.findall(r"\.venv/bin/droppeft (\w+ [^:]*?)(?= [A-Z]|$)", words) == [
-        "report runs/mine",
         "export runs/mine --merge",
         "compare droppeft fedlora rounds=3 clients=4 cohort_size=2 partition.min_rows=6 "
         "training.local_steps=2 training.batch_size=4 evaluation.rows=20",

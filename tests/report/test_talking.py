@@ -19,14 +19,16 @@ from droppeft.cli import main
 from droppeft.config import load_config
 from droppeft.data.conversations import Message
 from droppeft.errors import DroppeftError
+from droppeft.quantities import share
 from droppeft.report import talking
-from droppeft.report.page import write_page
+from droppeft.report.run_page import write_run_page
 from droppeft.report.talking import complete_file, talk
 from droppeft.runs.answering import loaded_model
 from droppeft.runs.export import export_run, load_source, saved_model
 from droppeft.runs.model_cards import adapter_lines
 from droppeft.server.run import start_run
 from droppeft.tasks.generation import GenerationSettings
+from page_reader import check_self_contained
 from refusals import refused
 from runs import Recorder, rows_of
 
@@ -337,15 +339,18 @@ def test_without_a_chat_template_the_lines_ask_with_a_plain_text(finished: Path)
 def test_the_page_shows_what_the_model_wrote(finished: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     result = json.loads((run / "result.json").read_text())
-    result["generated"]["samples"][0]["after"] = "<script>alert('a')</script>"
-    (run / "result.json").write_text(json.dumps(result))
-    page = write_page(run).read_text()
+    samples = rows_of(run / "generated.jsonl")
+    samples[0]["after"] = "<script>alert('a')</script>"
+    write_lines(run / "generated.jsonl", samples)
+    page = write_run_page(run).read_text()
+    check_self_contained(page)
     assert "Texts that the model wrote" in page
-    assert "<script>" not in page
     assert "&lt;script&gt;alert(&#39;a&#39;)&lt;/script&gt;" in page
-    for sample in result["generated"]["samples"]:
+    for sample in samples:
         assert sample["prompt"] in page
-    assert f"{result['generated']['after']['chrf']:.3f}" in page
+    assert share(result["generated"]["after"]["chrf"]) in page
+    assert f"{result['global_loss']:.3f} nats" in page
+    assert "loss, nats" in page  # of the figure
     del result["generated"]
     (run / "result.json").write_text(json.dumps(result))
-    assert "Texts that the model wrote" not in write_page(run).read_text()
+    assert "Texts that the model wrote" not in write_run_page(run).read_text()

@@ -28,6 +28,13 @@ class EvaluationConfig(Table):
         description="when the run ends, evaluate each client's own model on its own test rows, "
         "whether the client ever trained or not",
     )
+    mistakes: Whole = Field(
+        0,
+        ge=0,
+        description="for `classification`: test texts that the delivered model classifies wrongly "
+        "to copy to `mistakes.jsonl` and to the page of the run, those with the highest "
+        "probability first",
+    )
     generated: Whole = Field(
         32,
         ge=0,

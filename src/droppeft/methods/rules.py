@@ -172,6 +172,16 @@ NO_EFFECT = (
         instead="leave it out, or set task=causal_lm",
     ),
     NoEffect(
+        keys=("evaluation.mistakes",),
+        when=lambda config: _task(config.task).generates,
+        reason="task={config.task}",
+    ),
+    NoEffect(
+        keys=("evaluation.mistakes",),
+        when=lambda config: not method_named(config.method).has_global_model(config),
+        reason="method={config.method}, which gives no global model with these settings",
+    ),
+    NoEffect(
         keys=("evaluation.personalised_generated",),
         when=lambda config: not config.evaluation.personalised,
         reason="evaluation.personalised=false",

@@ -6,8 +6,6 @@ from typing import Any
 from droppeft.layer_dropout.calibration import EXPENSIVE, expensive_layers, typical_loss
 from droppeft.report.drawing import COLOURS, INK, style, whole_numbers
 
-NAME = "calibration"
-
 CAPTION = (
     "Top: the loss that is added when a layer alone is skipped, with one standard error. Layers "
     f"above the dotted line add more than {EXPENSIVE} times the typical loss. Middle: the layer's "

@@ -17,6 +17,7 @@ from droppeft.config import build_config
 from droppeft.config.task_detection import CAUSAL_LM, CLASSIFICATION, detected_task
 from droppeft.methods.rules import given
 from droppeft.quantities import bytes_text, counted, joules_text, seconds_text, share
+from droppeft.runs.folder import PAGE
 from droppeft.tasks.metrics import F1, LOSS, TEXT_METRICS, Metric, metrics_in, primary_metric
 
 SAMPLE_LENGTH = 240
@@ -28,6 +29,9 @@ COMPARED = (
 )
 """Beginnings of the settings that another method shall have, too, to be comparable."""
 
+NOT_COMPARED = ("training.precision", "evaluation.mistakes")
+"""Settings that begin so, but are chosen by the hardware again, or concern one run alone."""
+
 YOUR_OWN = {
     CLASSIFICATION: ("run data=FILE.csv", "text and label"),
     CAUSAL_LM: ("run data=FILE.jsonl", "prompt and completion"),
@@ -37,19 +41,23 @@ YOUR_OWN = {
 SAMPLE_STYLES = {"prompt": "dim", "reference": "cyan", "before": "yellow", "after": "green"}
 
 
-def closing(result: Mapping[str, Any], folder: Path | None) -> Group:
-    """The table, the conclusion and the next commands.
+def closing(result: Mapping[str, Any], folder: Path | None, *, commands: bool = True) -> Group:
+    """The table, the conclusion, where the page is, and the next commands.
 
     Args:
         result: content of ``result.json``.
-        folder: of the run; ``None`` leaves the commands out.
+        folder: of the run; ``None`` leaves page and commands out.
+        commands: whether to say what to type next.
     """
     parts: list[RenderableType] = [table(result), *_samples(result)]
     parts.append(Text("Conclusion", style="bold"))
     rounds = "round" if result["rounds"] == 1 else f"{result['rounds']} rounds"
     time = f"The {rounds} took {seconds_text(result['host_wall_s'])} here."
     parts += [Padding(Text(sentence), (0, 2)) for sentence in (*result["conclusion"], time)]
-    if folder is not None:
+    if folder is not None and (folder / PAGE).is_file():
+        page = Text(str(folder / PAGE), style="cyan", overflow="fold")
+        parts += [Text(""), Text("Page", style="bold"), Padding(page, (0, 2))]
+    if folder is not None and commands:
         parts += [
             Text(""),
             Text("Next", style="bold"),
@@ -66,7 +74,6 @@ def next_commands(result: Mapping[str, Any], folder: Path) -> Group:
     if result["trend"] == "improving":
         more = f"resume {run} rounds={2 * result['rounds']}"
         commands[more] = "More rounds, since it was still improving:"
-    commands[f"report {run}"] = "Figures and settings of this run, as an HTML page:"
     if result[primary_metric(result).key("global")] is not None:
         commands[f"export {run} --merge"] = "The model in transformers' format:"
         if result["task"] == CAUSAL_LM:
@@ -99,20 +106,20 @@ def _model_and_data(result: Mapping[str, Any]) -> list[str]:
         named = {"task": result["task"], **named}
     named |= {
         key: item
-        for key, item in _given(result)
-        if key.startswith(COMPARED) and key != "training.precision"  # the hardware chooses it again
+        for key, item in given_settings(result)
+        if key.startswith(COMPARED) and key not in NOT_COMPARED
     }
-    return [shlex.quote(f"{key}={_as_word(value)}") for key, value in named.items()]
+    return [shlex.quote(f"{key}={as_word(value)}") for key, value in named.items()]
 
 
-def _as_word(value: Any) -> str:
+def as_word(value: Any) -> str:
     """A value as it is written on the command line."""
     if isinstance(value, list):
         return ",".join(map(str, value))
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _given(result: Mapping[str, Any]) -> list[tuple[str, Any]]:
+def given_settings(result: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """The settings of the run that differ from their defaults."""
     return list(given(build_config(result["config"])).items())
 
@@ -161,7 +168,7 @@ def _global_lines(
         why = "not finite" if result["test_rows"] else "there is no global model"
         return [(metric.label, "–", why)]
     others = [
-        (other.label, other.text(result[other.key("global")]), _note(other, result))
+        (other.label, other.text(result[other.key("global")]), which_f1(other, result))
         for other in metrics_in(result)
         if other not in (metric, LOSS)
     ]
@@ -234,7 +241,7 @@ def _reference_lines(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     ]
 
 
-def _note(metric: Metric, result: Mapping[str, Any]) -> str:
+def which_f1(metric: Metric, result: Mapping[str, Any]) -> str:
     """What is particular to a metric: which F1 score it is."""
     if metric != F1:
         return ""

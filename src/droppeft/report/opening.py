@@ -25,13 +25,14 @@ def opening(about: Mapping[str, Any], folder: Path | None) -> Group:
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold cyan")
     grid.add_column(overflow="fold")
-    for name, text in _rows(about, folder):
+    for name, text in facts(about, folder):
         grid.add_row(name, Text(text))
     title = Text.assemble(("droppeft", "bold"), f" · {about['method']} · seed {about['seed']}")
     return Group(title, grid)
 
 
-def _rows(about: Mapping[str, Any], folder: Path | None) -> Iterator[tuple[str, str]]:
+def facts(about: Mapping[str, Any], folder: Path | None) -> Iterator[tuple[str, str]]:
+    """Yield what :func:`opening` says, as pairs of name and text."""
     yield "method", about["method_summary"]
     yield "model", _model(about)
     yield "compute", about["precision"]

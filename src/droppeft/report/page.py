@@ -1,4 +1,4 @@
-"""Write a comparison, or one run, as a self-contained HTML page, and its figures as files. Ours.
+"""Write a comparison as a self-contained HTML page, and its figures as files. Ours.
 
 The page has no script and loads nothing. It follows the browser's light or dark colour scheme.
 """
@@ -14,9 +14,7 @@ from droppeft.comparison.study_files import (
     STUDY,
     RunRecord,
     Study,
-    Target,
     as_toml,
-    finished,
     read_tables,
 )
 from droppeft.comparison.summary import Part, summary
@@ -35,7 +33,6 @@ from droppeft.comparison.writers import (
 from droppeft.errors import DroppeftError
 from droppeft.extras import require
 from droppeft.files import write_atomically
-from droppeft.report.calibration_figure import CAPTION, NAME, figure_of_result
 from droppeft.report.drawing import inline, svg
 from droppeft.report.figures import (
     AXES,
@@ -48,15 +45,10 @@ from droppeft.report.figures import (
     figures,
 )
 from droppeft.report.layers import COVERAGE, IMPORTANCE, RATES, SHARES, TRAINED
-from droppeft.runs.folder import CONFIG, RESULT, ROUNDS, read_result
-from droppeft.runs.read_ledger import read_rows
-from droppeft.tasks.metrics import TEXT_METRICS
 
 PAGE, FIGURES = "report.html", "figures"
 MANY = 12
 """A group with more figures is folded away until the reader opens it."""
-
-SAMPLE = ("prompt", "reference", "before", "after")
 
 TEMPLATE = Environment(
     loader=PackageLoader("droppeft", "report"), autoescape=True, undefined=StrictUndefined
@@ -83,10 +75,10 @@ GROUPS = {
 
 
 def write_page(folder: Path) -> Path:
-    """Write ``report.html`` and figures into the folder of a comparison or a run.
+    """Write ``report.html`` and figures into the folder of a comparison.
 
     Raises:
-        DroppeftError: the folder holds neither, it is not finished, or matplotlib is missing.
+        DroppeftError: the folder holds none, or matplotlib is missing.
     """
     require("report", "the page")
     title, study, records = read_folder(folder)
@@ -98,20 +90,13 @@ def write_page(folder: Path) -> Path:
         made = {name: (svg(figure), figure) for name, figure in figures(part, runs).items()}
         sections.append(_section(part, {name: image for name, (image, _) in made.items()}))
         drawn |= {f"{number}-{name}" if len(parts) > 1 else name: f for name, f in made.items()}
-    if (calibration := _calibration(folder)) is not None:
-        drawn[NAME] = (svg(calibration), calibration)
     text = TEMPLATE.render(
         title=title,
         variants=len({one.variant for one in records}),
         seeds=len({one.seed for one in records}),
-        conclusion=_conclusion(folder),
-        calibration=[inline(drawn[NAME][0])] if NAME in drawn else [],
-        calibration_caption=CAPTION,
-        generated=_generated(folder),
         sections=sections,
         settings=_settings(records),
         many=MANY,
-        score_names=["training", *(metric.label for metric in TEXT_METRICS.values())],
     )
     for name, (image, figure) in drawn.items():
         path = folder / FIGURES / name
@@ -123,50 +108,14 @@ def write_page(folder: Path) -> Path:
 
 
 def read_folder(folder: Path) -> tuple[str, Study, list[RunRecord]]:
-    """Title, study and runs of a comparison's folder, or of a run's.
+    """Title, study and runs of a comparison's folder.
 
     Raises:
-        DroppeftError: the folder holds neither, or it is not finished.
+        DroppeftError: the folder holds none.
     """
-    name = folder.resolve().name
-    if (folder / STUDY).is_file():
-        return name, *read_tables(folder)
-    if (folder / RESULT).is_file():
-        result = read_result(folder)
-        method, target = result["method"], result["target"]
-        goal = None if target is None else Target(value=target)
-        run = finished(name, method, result, read_rows(folder / ROUNDS))
-        return name, Study((method,), (result["seed"],), target=goal), [run]
-    if (folder / CONFIG).is_file():
-        raise DroppeftError(
-            f"{folder}: this run is not finished; go on with: droppeft resume {folder}"
-        )
-    raise DroppeftError(f"{folder}: holds no finished run ({RESULT}) and no comparison ({STUDY})")
-
-
-def _conclusion(folder: Path) -> Sequence[str]:
-    """The sentences of a run's result and about its data; nothing for a comparison."""
-    if not (folder / RESULT).is_file():
-        return ()
-    result = read_result(folder)
-    about_data = [f"Data: {one}." for one in result["data_findings"]["sentences"]]
-    return [*result["conclusion"], *about_data]
-
-
-def _calibration(folder: Path) -> Any:
-    """A figure of what a run measured of its layers before round 1; ``None`` without it."""
-    found = read_result(folder).get(NAME) if (folder / RESULT).is_file() else None
-    return None if found is None else figure_of_result(found)
-
-
-def _generated(folder: Path) -> dict[str, Any] | None:
-    """Scores and samples of the texts that a run's model wrote; ``None`` if it wrote none."""
-    found = read_result(folder).get("generated") if (folder / RESULT).is_file() else None
-    if found is None:
-        return None
-    samples = [[one[name] for name in SAMPLE] for one in found["samples"]]
-    scores = [[when, *(f"{found[when][name]:.3f}" for name in TEXT_METRICS)] for when in SAMPLE[2:]]
-    return {"rows": found["rows"], "scores": scores, "samples": samples}
+    if not (folder / STUDY).is_file():
+        raise DroppeftError(f"{folder}: holds no comparison (no {STUDY})")
+    return folder.resolve().name, *read_tables(folder)
 
 
 def _section(part: Part, made: Mapping[str, str]) -> dict[str, Any]:

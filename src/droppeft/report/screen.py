@@ -107,7 +107,7 @@ class Screen:
         """Print the table, the conclusion and the next commands."""
         self._status.stop()
         self._progress.stop()
-        self.console.print(closing(result, self._folder if self._commands else None))
+        self.console.print(closing(result, self._folder, commands=self._commands))
 
     def _show_arms(self, row: "RoundRow") -> None:
         """Print the configurator's choice, if the best arm is another one than before."""

@@ -11,6 +11,7 @@ from droppeft.quantities import bytes_text, counted, percent
 from droppeft.runs.ledger import RoundRow
 from droppeft.runs.summary import SMOOTHED_EVALUATIONS
 from droppeft.tasks.metrics import ACCURACY, Metric, primary_metric
+from droppeft.tasks.predictions import confused_sentence
 
 MARGIN = 0.01
 """Losses that differ by no more than this are not called different."""
@@ -55,6 +56,7 @@ def conclude(result: Mapping[str, Any], rows: Sequence[RoundRow], trend: Trend |
         _without_global_model(result, rows),
         _divergence(result, rows),
         _quality(result, trend),
+        _confused(result),
         trend.sentence if trend else None,
         _delivered(result, rows),
         _dropping(result, rows),
@@ -165,6 +167,13 @@ def _has_learnt(result: Mapping[str, Any]) -> bool:
     return bool(value > to_beat + standard_error(to_beat, result["test_rows"]))
 
 
+def _confused(result: Mapping[str, Any]) -> str | None:
+    """The classes that a model which has learnt confuses most often."""
+    if "confusion" not in result or not _has_learnt(result):
+        return None
+    return confused_sentence(result["confusion"], result["class_names"])
+
+
 def _what_to_try(result: Mapping[str, Any]) -> str:
     """More rounds and another learning rate, in numbers."""
     rate, rounds = _rate(result), result["rounds"]
@@ -212,17 +221,18 @@ def trend_of(result: Mapping[str, Any], rows: Sequence[RoundRow]) -> Trend | Non
     margin = _margin(metric, (last + before) / 2, result["sampled_test_rows"])
     number = {2: "two", 3: "three"}[count]
     means = (
-        f"the last {number} evaluations average {_text(metric, last)}, the {number} before "
-        f"{_text(metric, before)}"
+        f"the last {number} evaluations average {metric.in_percent(last)}, the {number} before "
+        f"{metric.in_percent(before)}"
     )
     name, gain = metric.label.capitalize(), metric.gain(last, before)
     rising, falling = ("rising", "falling") if metric.higher_is_better else ("falling", "rising")
     if gain < -margin:
+        best = metric.in_percent(result[metric.key("best")])
         return Trend(
             "worsening",
             f"{name} was {falling} when the run ended ({means}), after its best in round "
-            f"{result['best_round']} ({_text(metric, result[metric.key('best')])}): try a lower "
-            f"training.learning_rate, such as {_rate(result) / 3:.1g}.",
+            f"{result['best_round']} ({best}): try a lower training.learning_rate, such as "
+            f"{_rate(result) / 3:.1g}.",
         )
     more = f"rounds={2 * result['rounds']}"
     if gain > margin:
@@ -320,8 +330,8 @@ def _clients_models(result: Mapping[str, Any]) -> str | None:
     if value is None:
         return None
     found = (
-        f"On the clients' own test texts it is {_text(metric, value)} on average, and "
-        f"{_text(metric, result['personalised_worst_tenth'])} in the worst tenth of the clients"
+        f"On the clients' own test texts it is {metric.in_percent(value)} on average, and "
+        f"{metric.in_percent(result['personalised_worst_tenth'])} in the worst tenth of the clients"
     )
     if "own_majority_accuracy" in result:
         majority = percent(result["own_majority_accuracy"])
@@ -335,10 +345,6 @@ def _clients_models(result: Mapping[str, Any]) -> str | None:
         f"{found}. The clients' own models stay behind the global one: try more rounds, or "
         "sharing.fraction=1, with which all layers are shared."
     )
-
-
-def _text(metric: Metric, value: float) -> str:
-    return percent(value) if metric.most == 1 else metric.text(value)
 
 
 def _failures(rows: Sequence[RoundRow]) -> str | None:

@@ -23,7 +23,7 @@ from droppeft.runs.checkpoints import Checkpoint
 from droppeft.runs.ledger import SCHEMA_VERSION
 
 CONFIG, ROUNDS, CLIENTS, RESULT = "config.toml", "rounds.jsonl", "clients.jsonl", "result.json"
-GENERATED = "generated.jsonl"
+GENERATED, MISTAKES, PAGE = "generated.jsonl", "mistakes.jsonl", "report.html"
 LOCK = ".lock"
 
 LOCK_WAIT_S = 0.3
@@ -212,7 +212,7 @@ class _Known(dict[str, Any]):
 
 def remove_temporary_files(out: Path) -> None:
     """Delete what a killed process left of files that it was writing; the run must be locked."""
-    for name in (CONFIG, ROUNDS, CLIENTS, RESULT, GENERATED):
+    for name in (CONFIG, ROUNDS, CLIENTS, RESULT, GENERATED, MISTAKES, PAGE):
         remove_left_behind(out, f"{name}.*", older_than_s=0.0)
     remove_left_behind(out / "checkpoints", "*", older_than_s=0.0)
 

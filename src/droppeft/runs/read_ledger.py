@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from droppeft.errors import DroppeftError
-from droppeft.files import as_json, write_atomically
+from droppeft.files import as_json_lines, write_atomically
 from droppeft.runs.ledger import RoundRow
 
 _ROUND_ROW = TypeAdapter(RoundRow)
@@ -73,7 +73,7 @@ def read_ledger(rounds: Path, clients: Path, last_round: int) -> list[RoundRow]:
         )
     _check_complete(rounds, clients, rows, client_rows)
     for path, content in ((rounds, kept), (clients, client_rows)):
-        write_atomically(path, "".join(as_json(row) + "\n" for row in content).encode())
+        write_atomically(path, as_json_lines(content))
     return rows
 
 

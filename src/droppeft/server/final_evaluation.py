@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from droppeft.errors import DroppeftError
-from droppeft.files import write_atomically
+from droppeft.files import as_json_lines, write_atomically
 from droppeft.messages.server_state import GlobalModel
 from droppeft.quantities import counted
 from droppeft.runs import checkpoints
@@ -18,8 +18,9 @@ from droppeft.runs.read_ledger import read_rows
 from droppeft.server.client_evaluation import ClientEvaluation, evaluate_clients, summarise_clients
 from droppeft.server.delivered_round import delivered_round
 from droppeft.server.expected_time import final_rows
-from droppeft.server.generated_texts import as_lines, written_before_and_after
+from droppeft.server.generated_texts import written_before_and_after
 from droppeft.server.global_evaluation import evaluate_global
+from droppeft.server.predicted_classes import predicted_classes
 from droppeft.server.prepare import Prepared, evaluation_sample, writes_texts
 from droppeft.tasks.metrics import quality
 from droppeft.transports.base import Transport
@@ -39,7 +40,7 @@ def evaluate_final_models(
         prepared: the server; its state is the one before round 1.
         last: the checkpoint of the last round.
         rows: of all rounds.
-        out: folder of the run, where the adapter and generated texts are written.
+        out: folder of the run, where the adapter, generated texts and mistakes are written.
 
     Returns:
         What ``result.json`` says about these models.
@@ -100,6 +101,7 @@ def _final_global_model(
     evaluation = evaluate_global(prepared, model, rows)
     return {
         **quality("global", metrics, evaluation.metrics),
+        **predicted_classes(prepared, evaluation, out),
         "adapter_sha256": None
         if model.base_delta
         else write_adapter(prepared.loaded, model, delivered.round, evaluation, out),
@@ -116,7 +118,7 @@ def _generated(
     listener.preparing("letting the model before and after training write texts")
     result, samples = written_before_and_after(prepared, model)
     if samples:
-        write_atomically(out / GENERATED, as_lines(samples))
+        write_atomically(out / GENERATED, as_json_lines(samples))
     return result
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from droppeft.client.global_model import attached
 from droppeft.data.conversations import ConversationTable, Message, prompts_and_references
-from droppeft.files import as_json
 from droppeft.messages.server_state import GlobalModel
 from droppeft.server.prepare import Prepared, evaluation_sample
 from droppeft.tasks.generation import GenerationSettings, complete_prompts
@@ -57,11 +56,6 @@ def written_before_and_after(
             "generated_wall_s": time.perf_counter() - start,
         }
     }, samples
-
-
-def as_lines(samples: Sequence[dict[str, str]]) -> bytes:
-    """Return samples as JSON Lines."""
-    return "".join(as_json(sample) + "\n" for sample in samples).encode()
 
 
 def _written(

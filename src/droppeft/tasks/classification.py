@@ -28,6 +28,7 @@ from droppeft.models.loading import (
 )
 from droppeft.models.precision import DTYPES, hold_in
 from droppeft.tasks.metrics import ACCURACY, F1, LOSS, Metric
+from droppeft.tasks.predictions import Predictions, joined
 from droppeft.tasks.task import Batch, BatchResult, model_inputs, rows_of
 
 
@@ -70,11 +71,17 @@ class Classification:
         return rows_of(batch)
 
     def evaluate(self, model: nn.Module, batch: Batch) -> BatchResult:
-        """Evaluate a batch; ``observed`` is predicted classes, labels and number of classes."""
+        """Evaluate a batch; ``observed`` is the :class:`Predictions` of its rows."""
         logits, labels = self.logits(model, batch), batch["labels"]
         loss = functional.cross_entropy(logits, labels, reduction="sum")
-        predicted = logits.argmax(dim=-1).cpu().numpy()
-        observed = (predicted, labels.cpu().numpy(), logits.shape[-1])
+        predicted = logits.argmax(dim=-1)
+        probability = logits.softmax(dim=-1).gather(-1, predicted.unsqueeze(-1)).squeeze(-1)
+        observed = Predictions(
+            predicted.cpu().numpy(),
+            labels.cpu().numpy(),
+            probability.cpu().numpy(),
+            classes=logits.shape[-1],
+        )
         return BatchResult(float(loss), len(labels), observed)
 
     def losses_by_row(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,11 +92,10 @@ class Classification:
 
     def metrics(self, results: Sequence[BatchResult]) -> dict[str, float]:
         """Return accuracy, F1 and the mean cross-entropy."""
-        predicted = np.concatenate([result.observed[0] for result in results])
-        labels = np.concatenate([result.observed[1] for result in results])
-        accuracy, f1 = accuracy_and_f1(predicted, labels, results[0].observed[2])
+        found = joined([result.observed for result in results])
+        accuracy, f1 = accuracy_and_f1(found.predicted, found.labels, found.classes)
         loss_sum = sum(result.loss_sum for result in results)
-        return {"accuracy": accuracy, "f1": f1, "loss": loss_sum / len(labels)}
+        return {"accuracy": accuracy, "f1": f1, "loss": loss_sum / len(found.labels)}
 
     def sample_batch(self, rows: int, length: int) -> Batch:
         """Return token columns (B, S) with an attention mask, as if padded, and labels (B,)."""

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from droppeft.quantities import percent
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -55,6 +57,10 @@ class Metric:
             return "–"
         text = f"{value:.3f}"
         return text.removeprefix("0") if self.most == 1 else text
+
+    def in_percent(self, value: float | None) -> str:
+        """Return a value for a sentence: ``58.8%`` for a fraction, else as :meth:`text` does."""
+        return percent(value) if self.most == 1 else self.text(value)
 
 
 ACCURACY = Metric("accuracy", "accuracy", higher_is_better=True, most=1.0)

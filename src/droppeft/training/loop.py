@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -90,12 +90,14 @@ class Evaluation:
         rows: number of rows.
         wall_s: seconds.
         tokens: tokens computed, padding included.
+        batches: the rows of each batch, with its result.
     """
 
     metrics: Mapping[str, float]
     rows: int
     wall_s: float
     tokens: int
+    batches: Sequence[tuple[Rows, BatchResult]] = field(default=(), repr=False, compare=False)
 
     @property
     def loss(self) -> float:
@@ -262,8 +264,8 @@ def evaluate(
     start = time.perf_counter()
     batches = ordered_batches(rows, table.lengths, batch_size)
     results, tokens = evaluate_batches(model, table, batches, task, precision)
-    metrics = task.metrics(results)
-    return Evaluation(metrics, len(rows), time.perf_counter() - start, tokens)
+    metrics, judged = task.metrics(results), tuple(zip(batches, results, strict=True))
+    return Evaluation(metrics, len(rows), time.perf_counter() - start, tokens, judged)
 
 
 def evaluate_batches(

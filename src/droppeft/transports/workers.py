@@ -109,7 +109,8 @@ class Workers:
             results[part::parts] = found
             tokens += counted
         metrics = self._loaded.model.task.metrics(results)
-        return Evaluation(metrics, len(rows), time.perf_counter() - start, tokens)
+        judged = tuple(zip(batches, results, strict=True))
+        return Evaluation(metrics, len(rows), time.perf_counter() - start, tokens, judged)
 
     def complete(
         self,
