@@ -22,4 +22,7 @@ def test_slower_devices_get_less_work() -> None:
         ]
         for task in ("classification", "causal_lm")
     }
-    assert work == {"classification": [(12, 6), (12, 6), (12, 4)], "causal_lm": [(12, 12), (6, 12), (3, 12)]}
+    assert work == {
+        "classification": [(12, 6), (12, 6), (12, 4)],
+        "causal_lm": [(12, 12), (6, 12), (3, 12)],
+    }

@@ -200,7 +200,7 @@ def test_a_variant_without_a_global_model_is_compared_by_clients_own_models() ->
 
 def test_failures_leave_an_answer_about_the_others() -> None:
     wrong = a_row("wrong", seeds=0, failures=("lost",), quality=None, reached=0)
-    partly = a_row("partly", seeds=2, failures=("lost",), speed_up_modelled=1.0)
+    partly = a_row("partly", seeds=2, failures=("lost",))
     *_, last = answer(a_part(a_row("fedlora"), FAST, wrong, partly))
     assert last == "Without a result on every seed: wrong (0 of 3 seeds) and partly (2 of 3 seeds)."
     no_base = a_row("fedlora", seeds=0, failures=("lost",), quality=None, reached=0)

@@ -1,7 +1,7 @@
 """The answer of a comparison, in sentences for terminal, page and Markdown. Ours.
 
 One variant is compared with the baseline: with a target the one that reaches it first, otherwise
-the one with the best quality. Of the others it is said which reach the target; tables have the rest.
+the one with the best quality. Of the others it is said who reaches the target; tables have the rest.
 """
 
 import re
@@ -81,7 +81,9 @@ def quoted(variant: str) -> str:
     return variant if re.fullmatch(r"[\w.+-]+", variant) else f'"{variant}"'
 
 
-def _compared(part: Part, clock: Clock, base: VariantRow, others: Sequence[VariantRow]) -> list[str]:
+def _compared(
+    part: Part, clock: Clock, base: VariantRow, others: Sequence[VariantRow]
+) -> list[str]:
     """Sentences about one of the others beside the baseline, and about the target in the rest."""
     subject = _subject(part, clock, others)
     target = _target(part, clock, base, subject)

@@ -90,7 +90,7 @@ SPREADS = (
 
 
 def main_columns(part: Part) -> list[str]:
-    """The columns of the one table that says most, at most eight: quality, time, memory, traffic."""
+    """The columns of the main table, at most eight: quality, time, memory and traffic."""
     clock = clock_of(part)
     sooner = "speed-up" if clock is MODELLED else "speed-up (m.)"
     to_target = (f"to target, {clock.name}", sooner)
