@@ -183,11 +183,7 @@ def grid(label: str, panels: Sequence[Panel]) -> str:
                 "layers</text>"
             )
         parts.append(text(x, y + 28 + high + 16, "steps", "soft"))
-    modes = [
-        mode
-        for mode in Mode
-        if any(mode in step for panel in panels for step in panel.steps)
-    ]
+    modes = [mode for mode in Mode if any(mode in step for panel in panels for step in panel.steps)]
     bottom = 30 + (len(panels) // 3) * (high + 84)
     parts += _legend(modes, left, bottom)
     return picture(label, bottom + 26, parts)
@@ -309,9 +305,7 @@ def _stack(modes: Sequence[Mode], x: float, y: float, width: float) -> list[str]
 
 def _papers(x: float, y: float) -> list[str]:
     """Three sheets of paper."""
-    parts = []
-    for shift in (8, 4, 0):
-        parts.append(rectangle(x + shift, y + 8 - shift, 26, 34, "paper", corner=3))
+    parts = [rectangle(x + shift, y + 8 - shift, 26, 34, "paper", corner=3) for shift in (8, 4, 0)]
     lines = "".join(f"M{x + 5:g} {y + 16 + 6 * line:g}h16" for line in range(4))
     return [*parts, f'<path class="line" d="{lines}"/>']
 

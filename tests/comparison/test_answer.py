@@ -74,8 +74,7 @@ def test_a_target_comes_first() -> None:
     assert answer(a_part(FAST, a_row("fedlora"))) == [
         "adaptive reaches the target (accuracy .700) 1.9 times sooner than fedlora (modelled), "
         "on 3 of 3 seeds.",
-        "Accuracy: adaptive .760 ± .010, fedlora .750 ± .010 "
-        "(adaptive is better on 2 of 3 seeds).",
+        "Accuracy: adaptive .760 ± .010, fedlora .750 ± .010 (adaptive is better on 2 of 3 seeds).",
         f"Compared with fedlora, adaptive {COSTS}",
     ]
 
@@ -123,9 +122,7 @@ def test_the_baseline_may_be_first_or_alone_or_nobody_reaches_the_target() -> No
     assert first(lost, late) == "No variant reaches the target (accuracy .700) on every seed."
 
 
-FAST_ALONE = a_row(
-    "adaptive", time_to_target_modelled_s=over_seeds(31.6), speed_up_modelled=None
-)
+FAST_ALONE = a_row("adaptive", time_to_target_modelled_s=over_seeds(31.6), speed_up_modelled=None)
 
 
 def test_without_a_target_the_best_quality_comes_first() -> None:

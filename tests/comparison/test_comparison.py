@@ -429,7 +429,7 @@ def test_the_baseline_can_be_named_and_is_fedlora_or_the_first_variant() -> None
     chosen = comparison(target={"value": 0.6}, baseline="dropped")
     [part] = summary(chosen.study(), [*FULL, *DROPPED])
     assert [row.speed_up_modelled for row in part.rows] == [0.5, 1.0]
-    assert baseline_of(named_on_the_command_line(["droppeft", "fedlora"]).study()) == "fedlora"
+    assert baseline_of(named_on_the_command_line(["droppeft", "fedlora"], []).study()) == "fedlora"
     assert baseline_of(study_of()) == "full"
 
 
@@ -503,7 +503,9 @@ def test_all_columns_of_a_language_model_are_shown_in_80_characters() -> None:
     parts = summary(study_of(), runs)
     console = Console(width=80, record=True, file=io.StringIO())
     show(parts, console)
-    shown = [line for line in console.export_text().splitlines() if re.match(r"\s*full\s{2,}", line)]
+    shown = [
+        line for line in console.export_text().splitlines() if re.match(r"\s*full\s{2,}", line)
+    ]
     cells = [re.findall(r"\S+ ± \S+", line) for line in shown[:2]]
     assert cells == [
         [f"{loss} ± 0.000" for loss in ("1.500", "1.438", "1.688", "0.062")],

@@ -1,7 +1,7 @@
 """The answer of a comparison, in sentences for terminal, page and Markdown. Ours.
 
 One variant is compared with the baseline: with a target the one that reaches it first, otherwise
-the one with the best quality. Of the others it is said who reaches the target; tables have the rest.
+the one with the best quality. Of the others it says which reach the target.
 """
 
 import re
@@ -12,7 +12,7 @@ from droppeft.comparison.summary import Part, Spread, VariantRow, spread_text
 from droppeft.quantities import bytes_text, seconds_text
 from droppeft.tasks.metrics import CHRF, ROUGE_L, Metric
 
-SAME = 0.03
+SAME = 0.05
 """Times and costs whose ratio differs from 1 by no more than this are called about the same."""
 
 MOST_NAMES = 4

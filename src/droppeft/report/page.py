@@ -259,10 +259,9 @@ def _inline(text: str) -> Markup:
 
 
 def _table(part: Part, columns: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of a table with the columns that are not empty."""
-    known = known_columns(part, columns)
-    return [head(name, part) for name in known], [
-        [COLUMNS[name](row) for name in known] for row in part.rows
+    """Head and rows of a table."""
+    return [head(name, part) for name in columns], [
+        [COLUMNS[name](row) for name in columns] for row in part.rows
     ]
 
 
