@@ -255,7 +255,7 @@ def a_round() -> str:
     parts = [
         rectangle(x, y, width, height, "box", corner=10),
         text(middle, y + 24, "server", "bold", "middle"),
-        *_stack([Mode.TRAIN] * (BLOCKS // 2), x + 30, y + 36, 140),
+        *_stack([Mode.TRAIN] * (BLOCKS // 2), x + 30, y + 52, 140),
     ]
     kinds = chosen("classification")
     for number, panel in enumerate(kinds):
@@ -264,16 +264,18 @@ def a_round() -> str:
         across = left + CLIENT[0] / 2
         start = middle + (number - 1) * 60
         parts += _arrow(start - 9, below + 4, across - 9, top - 5, "arrow", "head")
-        parts += _arrow(across + 11, top - 4, start + 9, below + 5, "arrow up", "up-head")
+        parts += _arrow(across + 9, top - 4, start + 9, below + 5, "arrow up", "up-head")
     steps = (
         (x - 214, y + 44, "1", "sends the adapter"),
         (30, top + CLIENT[1] + 26, "2", "each trains some layers on its own texts"),
         (x - 214, y + 74, "3", "gets the trained layers"),
         (x + width + 24, y + 59, "4", "takes their mean"),
     )
+    discs = {"1": "head", "3": "up-head"}
     for left, line, digit, words in steps:
+        disc = discs.get(digit, "disc")
         parts += [
-            f'<circle class="disc" cx="{left + 10:g}" cy="{line - 5:g}" r="10"/>',
+            f'<circle class="{disc}" cx="{left + 10:g}" cy="{line - 5:g}" r="10"/>',
             text(left + 10, line - 0.5, digit, "number", "middle"),
             text(left + 28, line, words),
         ]

@@ -15,6 +15,9 @@ from droppeft.tasks.metrics import CHRF, ROUGE_L, Metric
 SAME = 0.05
 """Times and costs whose ratio differs from 1 by no more than this are called about the same."""
 
+MARGIN = 0.01
+"""A gain of clients' own models that is smaller than this is not mentioned."""
+
 MOST_NAMES = 4
 """Most variants that a sentence lists; more are counted."""
 
@@ -267,7 +270,12 @@ def _own_models(part: Part, base: VariantRow, subject: VariantRow) -> str | None
 
     best = max(known, key=own)
     globally = max((subject, base), key=lambda row: _worth(part.metric, row))
-    if best is globally and subject.quality and base.quality:
+    if (
+        subject.quality
+        and base.quality
+        and globally in known
+        and own(best) - own(globally) < MARGIN
+    ):
         return None
     shown = {row.variant: row for row in (best, subject, base) if row.personalised}
     values = [

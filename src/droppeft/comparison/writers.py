@@ -116,9 +116,8 @@ def head(column: str, part: Part) -> str:
 
 
 def heading(part: Part) -> str:
-    """The title of a part's tables."""
-    target = "" if part.target is None else f", target {part.target:.3f}"
-    return f"{Path(part.model).name} on {Path(part.data).name}{target}"
+    """The model and the data of a part."""
+    return f"{Path(part.model).name} on {Path(part.data).name}"
 
 
 def references(part: Part) -> list[str]:

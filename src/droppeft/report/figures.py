@@ -74,6 +74,9 @@ TWO, EACH = "global-and-personalised", "each-client"
 NAMED = 8
 """Most curves of a figure with a name and a colour: the baseline and those that end best."""
 
+LED = 4
+"""Most curves whose ends are connected to their names by lines; more lines would cross curves."""
+
 NAME_WIDTH = 22
 """Characters in a line of a name beside a curve."""
 
@@ -225,7 +228,7 @@ def _curve(
 
 
 def _name_ends(axis: Any, ends: Sequence[tuple[float, float, int, str]]) -> None:
-    """Write each curve's marker and name beside the plot, connected with its end by a line."""
+    """Write each curve's marker and name beside the plot, near the height of its end."""
     low, high = axis.get_ylim()
     right, line = axis.get_xlim()[1], 0.065 * (high - low)
     top = -float("inf")  # of the names so far
@@ -240,7 +243,8 @@ def _name_ends(axis: Any, ends: Sequence[tuple[float, float, int, str]]) -> None
         place, look = shown - over, looks(number)
         axis.plot([1.03 * right], [place], **look, markersize=4.5, clip_on=False)
         leader: dict[str, Any] = {"color": look["color"], "linewidth": 0.5, "alpha": 0.6}
-        axis.plot([across, 1.03 * right], [height, place], **leader, clip_on=False)
+        if len(ends) <= LED:
+            axis.plot([across, 1.03 * right], [height, place], **leader, clip_on=False)
         axis.annotate(
             name,
             xy=(1.03 * right, place),
