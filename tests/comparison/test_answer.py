@@ -88,10 +88,11 @@ def test_other_variants_are_named_by_whether_they_reach_the_target() -> None:
         FAST,
     )
     assert answer(a_part(*rows))[1] == (
-        'Also sooner than fedlora: "fedlora, half". Not reached by dropped (1 of 3 seeds).'
+        'Also sooner than fedlora: "fedlora, half". Not reached on every seed by '
+        "dropped (1 of 3 seeds)."
     )
     many = [a_row(f"dropped {number}", **missed, reached=0) for number in range(5)]
-    assert answer(a_part(*rows[:1], *many, FAST))[1] == "Not reached by 5 variants."
+    assert answer(a_part(*rows[:1], *many, FAST))[1] == "Not reached on every seed by 5 variants."
 
 
 def test_the_baseline_may_be_first_or_alone_or_nobody_reaches_the_target() -> None:

@@ -81,7 +81,7 @@ def answer(part: Part) -> list[str]:
 
 def quoted(variant: str) -> str:
     """A variant's name as sentences have it: in quotes if it is more than one word."""
-    return variant if re.fullmatch(r"[\w.+-]+", variant) else f'"{variant}"'
+    return variant if re.fullmatch(r"[A-Za-z][\w.+-]*", variant) else f'"{variant}"'
 
 
 def _compared(
@@ -187,7 +187,8 @@ def _rest(part: Part, clock: Clock, rest: Sequence[VariantRow]) -> str | None:
     if sooner:
         found.append(f"Also sooner than {quoted(part.baseline)}: {_listed(sooner)}.")
     if late:
-        found.append(f"Not reached by {_listed(late)}.")
+        every = " on every seed" if max(row.seeds for row in aimed) > 1 else ""
+        found.append(f"Not reached{every} by {_listed(late)}.")
     return " ".join(found) or None
 
 
@@ -339,6 +340,6 @@ def _incomplete(part: Part) -> list[str]:
 
 
 def _one_seed(done: Sequence[VariantRow]) -> list[str]:
-    if max(row.seeds for row in done) > 1:
+    if len(done) < 2 or max(row.seeds for row in done) > 1:
         return []
     return ["This is one seed: with another one the order may differ."]
