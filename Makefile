@@ -82,6 +82,7 @@ bench: $(DEV)
 	$(BIN)/python -m benchmarks.speed.bench
 
 results: $(DEV)
+	$(BIN)/python -m scripts.draw_method
 	$(BIN)/python -m benchmarks.pages.figures
 	$(BIN)/python -m benchmarks.pages.generate
 

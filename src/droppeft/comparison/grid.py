@@ -52,8 +52,8 @@ class Comparison(Table):
         data, models: each variant runs on each of them; if empty, the settings say which.
         data_settings: further settings by data set, which win over ``settings``.
         seeds: each variant runs with each of them.
-        baseline: the variant whose time to the target is divided by that of the others; the
-            first one if ``None``.
+        baseline: the variant with which the others are compared; ``fedlora`` if ``None``, or the
+            first one if none has this name.
         target: the quality whose time is asked for, if any.
     """
 

@@ -101,8 +101,8 @@ class Study:
     Attributes:
         variants: their names, in order.
         seeds: of the comparison.
-        baseline: the variant whose time to the target is divided by that of the others; the
-            first one if ``None``.
+        baseline: the variant with which the others are compared; ``fedlora`` if ``None``, or the
+            first one if none has this name.
         target: the quality whose time is asked for, if any.
         definition: text of the comparison's TOML file.
         commands: the command lines that were called.

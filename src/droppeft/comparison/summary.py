@@ -8,6 +8,9 @@ from droppeft.comparison.study_files import RunRecord, Study, Target
 from droppeft.runs.summary import SMOOTHED_EVALUATIONS, target_round
 from droppeft.tasks.metrics import CHRF, ROUGE_L, Metric, primary_metric
 
+BASELINE = "fedlora"
+"""The variant with which the others are compared, if there is one of this name."""
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -16,6 +19,14 @@ class Spread:
     mean: float
     deviation: float | None
     count: int
+
+
+def spread_text(metric: Metric, spread: Spread | None) -> str:
+    """A mean with its deviation, as ``.588 ± .010``; a dash for ``None``."""
+    if spread is None:
+        return "–"
+    deviation = "" if spread.deviation is None else f" ± {metric.text(spread.deviation)}"
+    return f"{metric.text(spread.mean)}{deviation}"
 
 
 @dataclass(frozen=True)
@@ -28,6 +39,7 @@ class VariantRow:
         failures: why the other seeds have none, each reason once.
         metric: the task's primary metric, which the following values are of.
         quality: of the global model on the whole test set; ``None`` if there is no global model.
+        quality_by_seed: the same of each seed that has a result.
         f1: F1 of the global model: of class 1 with two classes, otherwise the mean over classes;
             ``None`` if the task has none.
         rouge_l, chrf: of the texts that the global model writes; ``None`` if it writes none.
@@ -51,6 +63,7 @@ class VariantRow:
     failures: tuple[str, ...]
     metric: Metric
     quality: Spread | None
+    quality_by_seed: Mapping[int, float | None]
     f1: Spread | None
     rouge_l: Spread | None
     chrf: Spread | None
@@ -79,6 +92,7 @@ class Part:
     Attributes:
         data, model: of these runs.
         metric: the task's primary metric.
+        baseline: name of the variant with which the others are compared.
         target: its value whose time was asked for, mean over seeds; ``None`` if there is none.
         untrained: values of the model before training, by the label of their metric: those of the
             primary metric and of generated texts, mean over seeds; empty where no texts are
@@ -94,6 +108,7 @@ class Part:
     data: str
     model: str
     metric: Metric
+    baseline: str
     target: float | None
     untrained: Mapping[str, float]
     majority: float | None
@@ -108,17 +123,25 @@ def summary(study: Study, records: Sequence[RunRecord]) -> list[Part]:
     return [_part(study, [run for run in records if run.place == place]) for place in places]
 
 
+def baseline_of(study: Study) -> str:
+    """The named baseline, else ``fedlora`` if it is among the variants, else the first variant."""
+    if study.baseline is not None:
+        return study.baseline
+    return BASELINE if BASELINE in study.variants else study.variants[0]
+
+
 def _part(study: Study, records: Sequence[RunRecord]) -> Part:
     metric = metric_of(records)
     targets = target_values(study.target, records, metric)
     by_variant = {name: [run for run in records if run.variant == name] for name in study.variants}
-    base = study.baseline or next(iter(by_variant))
+    base = baseline_of(study)
     times = {name: _times(runs, targets, metric) for name, runs in by_variant.items()}
     known = [target for target in targets.values() if target is not None]
     rows = (_row(name, runs, metric, times[name], times[base]) for name, runs in by_variant.items())
     return Part(
         *records[0].place,
         metric=metric,
+        baseline=base,
         target=fmean(known) if known else None,
         untrained=_untrained(records, metric),
         majority=_reference(records, "majority_accuracy"),
@@ -229,6 +252,9 @@ def _row(
         failures=tuple(dict.fromkeys(run.failure for run in runs if run.failure is not None)),
         metric=metric,
         quality=_if_all([result[metric.key("global")] for result in results]),
+        quality_by_seed={
+            run.seed: run.result[metric.key("global")] for run in runs if run.result is not None
+        },
         f1=_if_all([result["global_f1"] for result in results]),
         rouge_l=_if_all([result["rouge_l_after"] for result in results]),
         chrf=_if_all([result["chrf_after"] for result in results]),

@@ -7,20 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from droppeft.comparison.answer import MODELLED, answer, clock_of, traffic
 from droppeft.comparison.study_files import STUDY, RunRecord, Study, read_tables, write_tables
-from droppeft.comparison.summary import Part, Spread, VariantRow
+from droppeft.comparison.summary import Part, Spread, VariantRow, spread_text
 from droppeft.files import write_atomically
 from droppeft.quantities import counted
-from droppeft.tasks.metrics import CHRF, F1, ROUGE_L, Metric
+from droppeft.tasks.metrics import CHRF, F1, ROUGE_L
 
 CSV, MARKDOWN = "comparison.csv", "comparison.md"
-
-
-def _value(metric: Metric, spread: Spread | None) -> str:
-    if spread is None:
-        return "–"
-    deviation = "" if spread.deviation is None else f" ± {metric.text(spread.deviation)}"
-    return f"{metric.text(spread.mean)}{deviation}"
 
 
 def _seconds(spread: Spread | None) -> str:
@@ -52,22 +46,24 @@ def _scaled(value: float | None, unit: float, name: str) -> str:
 COLUMNS: dict[str, Callable[[VariantRow], str]] = {
     "variant": lambda row: row.variant,
     "seeds": lambda row: str(row.seeds),
-    "quality": lambda row: _value(row.metric, row.quality),
-    "F1": lambda row: _value(F1, row.f1),
-    "ROUGE-L": lambda row: _value(ROUGE_L, row.rouge_l),
-    "chrF": lambda row: _value(CHRF, row.chrf),
-    "personalised": lambda row: _value(row.metric, row.personalised),
-    "personalised ROUGE-L": lambda row: _value(ROUGE_L, row.personalised_rouge_l),
-    "worst tenth": lambda row: _value(row.metric, row.worst_tenth),
-    "between clients": lambda row: _value(row.metric, row.between_clients),
+    "quality": lambda row: spread_text(row.metric, row.quality),
+    "F1": lambda row: spread_text(F1, row.f1),
+    "ROUGE-L": lambda row: spread_text(ROUGE_L, row.rouge_l),
+    "chrF": lambda row: spread_text(CHRF, row.chrf),
+    "personalised": lambda row: spread_text(row.metric, row.personalised),
+    "personalised ROUGE-L": lambda row: spread_text(ROUGE_L, row.personalised_rouge_l),
+    "worst tenth": lambda row: spread_text(row.metric, row.worst_tenth),
+    "between clients": lambda row: spread_text(row.metric, row.between_clients),
     "to target, modelled": lambda row: _to_target(row, row.time_to_target_modelled_s),
     "speed-up": lambda row: _times(row.speed_up_modelled),
     "to target, measured": lambda row: _to_target(row, row.time_to_target_measured_s),
     "speed-up (m.)": lambda row: _times(row.speed_up_measured),
     "whole run, modelled": lambda row: _scaled(row.round_modelled_s, 1, "s"),
+    "whole run, measured": lambda row: _scaled(row.round_measured_s, 1, "s"),
     "activations": lambda row: _scaled(row.activation_bytes_peak, 1e6, "MB"),
     "up": lambda row: _scaled(row.upload_bytes, 1e6, "MB"),
     "down": lambda row: _scaled(row.download_bytes, 1e6, "MB"),
+    "traffic": lambda row: _scaled(traffic(row), 1e6, "MB"),
     "energy, modelled": lambda row: _scaled(row.energy_modelled_j, 1e3, "kJ"),
 }
 """Columns of the Markdown, HTML and terminal tables, and how a cell is written."""
@@ -93,6 +89,22 @@ SPREADS = (
 """Fields of a :class:`VariantRow` that the CSV file has as mean and standard deviation."""
 
 
+def main_columns(part: Part) -> list[str]:
+    """The columns of the main table, at most eight: quality, time, memory and traffic."""
+    clock = clock_of(part)
+    sooner = "speed-up" if clock is MODELLED else "speed-up (m.)"
+    to_target = (f"to target, {clock.name}", sooner)
+    times = to_target if part.target is not None else (f"whole run, {clock.name}",)
+    quality = ("variant", "quality", "F1", "ROUGE-L", "personalised")
+    return known_columns(part, (*quality, *times, "activations", "traffic"))
+
+
+def further_columns(part: Part) -> list[str]:
+    """The variant, and every column that has values and is not among the main ones."""
+    main = main_columns(part)[1:]
+    return known_columns(part, [name for name in COLUMNS if name not in main])
+
+
 def known_columns(part: Part, columns: Sequence[str]) -> list[str]:
     """Those of some columns that have a value for at least one variant."""
     return [name for name in columns if any(COLUMNS[name](row) != "–" for row in part.rows)]
@@ -104,9 +116,8 @@ def head(column: str, part: Part) -> str:
 
 
 def heading(part: Part) -> str:
-    """The title of a part's tables."""
-    target = "" if part.target is None else f", target {part.target:.3f}"
-    return f"{Path(part.model).name} on {Path(part.data).name}{target}"
+    """The model and the data of a part."""
+    return f"{Path(part.model).name} on {Path(part.data).name}"
 
 
 def references(part: Part) -> list[str]:
@@ -158,6 +169,8 @@ def as_csv(parts: Sequence[Part]) -> str:
 def _flat(row: VariantRow) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in vars(row).items():
+        if name == "quality_by_seed":
+            continue
         if name == "failures":
             flat[name] = "; ".join(value)
         elif name == "metric":
@@ -171,31 +184,26 @@ def _flat(row: VariantRow) -> dict[str, Any]:
 
 
 def as_markdown(parts: Sequence[Part]) -> str:
-    """A table per data set and model, with rounded numbers."""
-    sections = []
-    for part in parts:
-        columns = known_columns(part, tuple(COLUMNS))
-        lines = [[head(name, part) for name in columns], ["---"] * len(columns)]
-        lines += [[COLUMNS[name](row) for name in columns] for row in part.rows]
-        table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-        below = "".join(f"\n{note}\n" for note in (*notes(part), *failures(part)))
-        sections.append(f"## {heading(part)}\n\n{table}{below}")
-    return "\n".join(sections)
+    """The answer, a short and a long table per data set and model; numbers are rounded."""
+    return "\n".join(map(_markdown_section, parts))
 
 
-def notes(part: Part) -> list[str]:
-    """Lines below a part's tables, without those about failures."""
-    return [*references(part), *untimed(part)]
-
-
-def untimed(part: Part) -> list[str]:
-    """A line that says why there are no times to a target, if there are none."""
-    if part.target is not None:
-        return []
-    return [
-        "There is no target, and so no times to one: set it as target in a comparison's file, "
-        "or as the setting target of a run."
+def _markdown_section(part: Part) -> str:
+    paragraphs = [
+        f"## {heading(part)}",
+        " ".join(answer(part)),
+        _markdown_table(part, main_columns(part)),
+        *references(part),
+        *failures(part),
+        _markdown_table(part, further_columns(part)),
     ]
+    return "\n\n".join(paragraphs) + "\n"
+
+
+def _markdown_table(part: Part, columns: Sequence[str]) -> str:
+    lines = [[head(name, part) for name in columns], ["---"] * len(columns)]
+    lines += [[COLUMNS[name](row) for name in columns] for row in part.rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def failures(part: Part) -> list[str]:

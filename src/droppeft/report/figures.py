@@ -1,14 +1,16 @@
 """Figures of a comparison: quality against cost, times to the target, memory. Ours."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from statistics import fmean, stdev
+from statistics import fmean
+from textwrap import fill
 from typing import Any
 
+from droppeft.comparison.answer import SAME, clock_of
 from droppeft.comparison.study_files import RunRecord
 from droppeft.comparison.summary import Part, Spread, VariantRow
-from droppeft.report.drawing import COLOURS, INK, MARKERS, looks, new_figure, style
+from droppeft.report.drawing import COLOURS, INK, MARKERS, looks, new_figure, style, whole_numbers
 from droppeft.report.layers import Row, of_layers
 from droppeft.tasks.metrics import ACCURACY, Metric
 
@@ -19,7 +21,7 @@ class Axis:
 
     Attributes:
         label: of the axis, with its unit.
-        fields: of a round's row whose sum is the cost.
+        fields: of a round's row whose sum is the cost; without fields rounds are counted.
         unit: what the cost is divided by.
     """
 
@@ -28,11 +30,14 @@ class Axis:
     unit: float = 1.0
 
 
+OVER_ROUNDS = "quality-rounds"
+
 AXES = {
     "quality-modelled-time": Axis("modelled time, s", ("round_modelled_s",)),
     "quality-measured-time": Axis("measured time, clients side by side, s", ("round_measured_s",)),
     "quality-traffic": Axis("traffic, all clients, MB", ("upload_bytes", "download_bytes"), 1e6),
     "quality-energy": Axis("modelled energy, all clients, kJ", ("energy_modelled_j",), 1e3),
+    OVER_ROUNDS: Axis("round", ()),
 }
 BARS: dict[str, tuple[str, Callable[[VariantRow], float | None]]] = {
     "time-modelled": (
@@ -66,31 +71,37 @@ OF_CLIENTS = ("personalised", "worst-tenth")
 TWO, EACH = "global-and-personalised", "each-client"
 """Further figures about clients' own models."""
 
-NAMED = 12
-"""Most curves of a figure with a name and a colour: those that end best."""
+NAMED = 8
+"""Most curves of a figure with a name and a colour: the baseline and those that end best."""
 
-LED = 8
-"""Most curves of a figure whose ends are connected to their names by lines."""
+LED = 4
+"""Most curves whose ends are connected to their names by lines; more lines would cross curves."""
 
-BANDS = 5
-"""Most curves of a figure with bands of their deviation; more bands would hide one another."""
+NAME_WIDTH = 22
+"""Characters in a line of a name beside a curve."""
+
+BANDS = 3
+"""Most curves of a figure with bands from the lowest to the highest seed; more would overlap."""
+
+Curves = Mapping[int, Sequence[Sequence[tuple[float, float]]]]
+"""(cost, quality) of each run of a variant, by the variant's number."""
 
 
 def figures(part: Part, records: Sequence[RunRecord]) -> dict[str, Any]:
-    """Matplotlib figures by name, small enough for a phone.
+    """Matplotlib figures by name, small enough for a phone; those without values are left out.
 
     Args:
         part: the variants that they show.
         records: runs of this part.
     """
     with style():
-        measured = any(row.quality for row in part.rows)
-        made = {name: _quality(part, records, axis) for name, axis in AXES.items() if measured}
+        made = {
+            name: _quality(part, found, axis)
+            for name, axis in AXES.items()
+            if (found := _curves(part, records, axis))
+        }
         for name, (title, value) in BARS.items():
-            wanted = part.target is not None or name not in OF_THE_TARGET
-            if wanted and (
-                name not in OF_CLIENTS or any(value(row) is not None for row in part.rows)
-            ):
+            if any(value(row) is not None for row in part.rows):
                 made[name] = _bars(part, title.format(metric=part.metric.label), value)
         by_variant = [
             [run for run in records if run.variant == row.variant and run.clients]
@@ -107,28 +118,71 @@ def figures(part: Part, records: Sequence[RunRecord]) -> dict[str, Any]:
     return made
 
 
-def _quality(part: Part, records: Sequence[RunRecord], of: Axis) -> Any:
-    figure, axis = new_figure(3.4)
-    curves = {}
+def main_figure(part: Part, records: Sequence[RunRecord]) -> str:
+    """The name of the figure that says most: quality over time.
+
+    Over rounds if all variants take about the same time.
+    """
+    name = f"quality-{clock_of(part).name}-time"
+    ends = [mean_curve(runs)[-1][0] for runs in _curves(part, records, AXES[name]).values()]
+    return name if ends and min(ends) < (1 - SAME) * max(ends) else OVER_ROUNDS
+
+
+def _curves(part: Part, records: Sequence[RunRecord], of: Axis) -> Curves:
+    """The curve of every run whose cost is known, by number of the variant."""
+    found = {}
     for number, row in enumerate(part.rows):
         runs = [run for run in records if run.variant == row.variant and run.result]
         if points := [curve for run in runs if (curve := curve_points(run.rows, of, part.metric))]:
-            curves[number] = points
-    up = part.metric.higher_is_better
-    best = sorted(curves, key=lambda number: _last(curves[number]), reverse=up)[:NAMED]
+            found[number] = points
+    return found
+
+
+def _quality(part: Part, curves: Curves, of: Axis) -> Any:
+    figure, axis = new_figure(3.4)
+    named = _named(part, curves)
     ends = []
-    for number, points in curves.items():
-        if number in best:
-            end = _curve(axis, number, points, band=len(curves) <= BANDS)
-            ends.append((*end, number, part.rows[number].variant))
+    for number, runs in curves.items():
+        if number in named:
+            end = _curve(axis, number, runs, band=len(curves) <= BANDS)
+            ends.append((*end, number, fill(part.rows[number].variant, NAME_WIDTH)))
         else:
-            _faint(axis, points)
+            _faint(axis, runs)
     if part.target is not None:
-        axis.axhline(part.target, color=INK, linewidth=0.8, linestyle=(0, (1, 3)))
+        _mark_target(axis, part)
     axis.set(xlabel=of.label, ylabel=part.metric.label, xlim=(0, None))
+    if not of.fields:
+        axis.xaxis.set_major_locator(whole_numbers())
     axis.grid(visible=True)
+    axis.set_axisbelow(True)
     _name_ends(axis, ends)
     return figure
+
+
+def _named(part: Part, curves: Curves) -> list[int]:
+    """Numbers of the variants with a name: the baseline and those that end best."""
+    ends = {number: mean_curve(runs)[-1][1] for number, runs in curves.items()}
+    return sorted(
+        ends,
+        key=lambda number: (
+            part.rows[number].variant == part.baseline,
+            part.metric.gain(ends[number], 0.0),
+        ),
+        reverse=True,
+    )[:NAMED]
+
+
+def _mark_target(axis: Any, part: Part) -> None:
+    """A dotted line with its value."""
+    axis.axhline(part.target, color=INK, linewidth=0.8, linestyle=(0, (1, 3)))
+    axis.annotate(
+        f"target {part.metric.text(part.target)}",
+        xy=(0, part.target),
+        xycoords=("axes fraction", "data"),
+        xytext=(4, 3),
+        textcoords="offset points",
+        fontsize=8.5,
+    )
 
 
 def curve_points(
@@ -138,7 +192,7 @@ def curve_points(
     if any(row[field] is None for row in rows for field in of.fields):
         return []
     key = metric.key("global")
-    sums = accumulate(sum(row[field] for field in of.fields) for row in rows)
+    sums = accumulate(sum(row[field] for field in of.fields) if of.fields else 1 for row in rows)
     return [
         (cost / of.unit, row[key])
         for cost, row in zip(sums, rows, strict=True)
@@ -152,11 +206,6 @@ def mean_curve(runs: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[floa
     return [(fmean(cost for cost, _ in each), fmean(up for _, up in each)) for each in by_round]
 
 
-def _last(runs: Sequence[Sequence[tuple[float, float]]]) -> float:
-    """The mean quality at the end of a curve."""
-    return mean_curve(runs)[-1][1]
-
-
 def _faint(axis: Any, runs: Sequence[Sequence[tuple[float, float]]]) -> None:
     """A thin grey curve without a name."""
     across, up = zip(*mean_curve(runs), strict=True)
@@ -166,51 +215,36 @@ def _faint(axis: Any, runs: Sequence[Sequence[tuple[float, float]]]) -> None:
 def _curve(
     axis: Any, number: int, runs: Sequence[Sequence[tuple[float, float]]], *, band: bool
 ) -> tuple[float, float]:
-    """Draw the mean over seeds, with a band of one standard deviation or none; return its end."""
-    by_round = list(zip(*runs, strict=False))
+    """Draw the mean over seeds, above a light band from lowest to highest; return its end."""
     across, up = zip(*mean_curve(runs), strict=True)
-    axis.plot(
-        across,
-        up,
-        **looks(number),
-        markevery=max(1, len(across) // 8),
-        markersize=4.5,
-        linewidth=1.6,
-    )
+    every = max(1, len(across) // 8)
+    axis.plot(across, up, **looks(number), markevery=every, markersize=4, linewidth=1.8, zorder=3)
     if band and len(runs) > 1:
-        spread = [stdev([up for _, up in points]) for points in by_round]
-        low = [a - b for a, b in zip(up, spread, strict=True)]
-        high = [a + b for a, b in zip(up, spread, strict=True)]
-        axis.fill_between(across, low, high, color=looks(number)["color"], alpha=0.15, linewidth=0)
+        heights = [[up for _, up in each] for each in zip(*runs, strict=False)]
+        low, high = [min(each) for each in heights], [max(each) for each in heights]
+        colour = looks(number)["color"]
+        axis.fill_between(across, low, high, color=colour, alpha=0.12, linewidth=0, zorder=1)
     return across[-1], up[-1]
 
 
 def _name_ends(axis: Any, ends: Sequence[tuple[float, float, int, str]]) -> None:
-    """Write each curve's marker and name beside the plot, near the height of its end.
-
-    Up to :data:`LED` ends are connected to their names by lines; more lines would cross each other.
-    """
+    """Write each curve's marker and name beside the plot, near the height of its end."""
     low, high = axis.get_ylim()
-    right, least = axis.get_xlim()[1], 0.075 * (high - low)
-    place = -float("inf")
+    right, line = axis.get_xlim()[1], 0.065 * (high - low)
+    top = -float("inf")  # of the names so far
     heights = []
     ends = sorted(ends, key=lambda end: end[1])
-    for _, height, *_ in ends:
-        place = max(height, place + least)
-        heights.append(place)
-    over = max(0.0, place - high)
+    for _, height, _, name in ends:
+        half = line * (name.count("\n") + 1.15) / 2
+        heights.append(max(height, top + half))
+        top = heights[-1] + half
+    over = max(0.0, top - high)
     for (across, height, number, name), shown in zip(ends, heights, strict=True):
-        place = shown - over
-        axis.plot([1.03 * right], [place], **looks(number), markersize=4.5, clip_on=False)
+        place, look = shown - over, looks(number)
+        axis.plot([1.03 * right], [place], **look, markersize=4.5, clip_on=False)
+        leader: dict[str, Any] = {"color": look["color"], "linewidth": 0.5, "alpha": 0.6}
         if len(ends) <= LED:
-            axis.plot(
-                [across, 1.03 * right],
-                [height, place],
-                color=looks(number)["color"],
-                linewidth=0.5,
-                alpha=0.6,
-                clip_on=False,
-            )
+            axis.plot([across, 1.03 * right], [height, place], **leader, clip_on=False)
         axis.annotate(
             name,
             xy=(1.03 * right, place),

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
+from droppeft.comparison.answer import answer, clock_of
 from droppeft.comparison.study_files import (
     STUDY,
     RunRecord,
@@ -20,15 +20,12 @@ from droppeft.comparison.study_files import (
 from droppeft.comparison.summary import Part, summary
 from droppeft.comparison.writers import (
     COLUMNS,
-    COSTS,
-    QUALITY,
-    TEXTS,
-    TIMES,
     failures,
+    further_columns,
     head,
     heading,
-    known_columns,
-    notes,
+    main_columns,
+    references,
 )
 from droppeft.errors import DroppeftError
 from droppeft.extras import require
@@ -36,42 +33,72 @@ from droppeft.files import write_atomically
 from droppeft.report.drawing import inline, svg
 from droppeft.report.figures import (
     AXES,
+    BANDS,
     BARS,
     EACH,
     NAMED,
     OF_CLIENTS,
     OF_THE_TARGET,
+    OVER_ROUNDS,
     TWO,
     figures,
+    main_figure,
 )
 from droppeft.report.layers import COVERAGE, IMPORTANCE, RATES, SHARES, TRAINED
 
 PAGE, FIGURES = "report.html", "figures"
-MANY = 12
-"""A group with more figures is folded away until the reader opens it."""
 
 TEMPLATE = Environment(
     loader=PackageLoader("droppeft", "report"), autoescape=True, undefined=StrictUndefined
 ).get_template("page.html")
 
-GROUPS = {
-    tuple(AXES): "Quality of the global model on the fixed sample of test texts: mean over seeds, "
-    "with up to five variants a band of one standard deviation.",
-    OF_THE_TARGET: "Time until the mean of three evaluations reaches the target; mean over seeds.",
+FURTHER = (
     (
-        *OF_CLIENTS,
-        EACH,
-        TWO,
-    ): "Every client's own model on its own test texts at the end of the run, "
-    "whether the client ever trained or not; all clients have equal weight. Without personal "
-    "layers this is the global model. A dot is one client with one seed, a stroke their mean; "
-    "crosses are standard deviations.",
-    tuple(
-        name for name in BARS if name not in (*OF_THE_TARGET, *OF_CLIENTS)
-    ): "Most bytes that a step stored for "
-    "its backward pass, and bytes of tensors that travelled in a whole run. Measured.",
-}
-"""Groups of figures by their names, with captions."""
+        "Quality over other costs",
+        tuple(AXES),
+        "Quality of the global model on the fixed sample of test texts, mean over seeds.",
+    ),
+    (
+        "Time to the target",
+        OF_THE_TARGET,
+        "Time until the mean of three evaluations reaches the target, mean over seeds.",
+    ),
+    (
+        "Memory and traffic",
+        tuple(name for name in BARS if name not in (*OF_THE_TARGET, *OF_CLIENTS)),
+        "Most bytes that a step stored for its backward pass, and bytes of tensors that travelled "
+        "in a whole run. Measured.",
+    ),
+    (
+        "Clients' own models",
+        (*OF_CLIENTS, EACH, TWO),
+        "Every client's own model on its own test texts at the end of the run, whether the client "
+        "ever trained or not; all clients have equal weight. Without personal layers this is the "
+        "global model. A dot is one client with one seed, a stroke their mean; crosses are "
+        "standard deviations.",
+    ),
+    (
+        "What the configurator chose",
+        (RATES, SHARES),
+        "Mean over seeds. An arm says which share of the layers above frozen.layers is not "
+        "trained, and how many of the trained ones are dropped; arms also differ by pattern, in "
+        "the order of the legend.",
+    ),
+    (
+        "Trained layers",
+        (TRAINED,),
+        "Share of each round's steps that trained a layer, mean over seeds: the other steps ran "
+        "the layer forward only, or skipped it.",
+    ),
+    (
+        "Layers that were sent",
+        (COVERAGE, IMPORTANCE),
+        "Share of each round's merged clients that sent a layer, mean over seeds: layers that are "
+        "personal, dropped or not trained are not sent. Beside it the gradient norms of the "
+        "layers' adapters.",
+    ),
+)
+"""Figures below the main one: a title, their names or beginnings of names, and a caption."""
 
 
 def write_page(folder: Path) -> Path:
@@ -88,7 +115,7 @@ def write_page(folder: Path) -> Path:
     for number, part in enumerate(parts):
         runs = [one for one in records if one.place == (part.data, part.model)]
         made = {name: (svg(figure), figure) for name, figure in figures(part, runs).items()}
-        sections.append(_section(part, {name: image for name, (image, _) in made.items()}))
+        sections.append(_section(part, runs, {name: image for name, (image, _) in made.items()}))
         drawn |= {f"{number}-{name}" if len(parts) > 1 else name: f for name, f in made.items()}
     text = TEMPLATE.render(
         title=title,
@@ -96,7 +123,6 @@ def write_page(folder: Path) -> Path:
         seeds=len({one.seed for one in records}),
         sections=sections,
         settings=_settings(records),
-        many=MANY,
     )
     for name, (image, figure) in drawn.items():
         path = folder / FIGURES / name
@@ -118,42 +144,63 @@ def read_folder(folder: Path) -> tuple[str, Study, list[RunRecord]]:
     return folder.resolve().name, *read_tables(folder)
 
 
-def _section(part: Part, made: Mapping[str, str]) -> dict[str, Any]:
+def _section(part: Part, runs: Sequence[RunRecord], made: Mapping[str, str]) -> dict[str, Any]:
     """What the template shows of a part, whose figures are given as SVG by name."""
-
-    def drawn(names: Iterable[str]) -> list[Markup]:
-        return [inline(made[name]) for name in names if name in made]
-
-    def starting(*prefixes: str) -> list[Markup]:
-        return drawn(name for name in made if name.startswith(prefixes))
-
+    main = main_figure(part, runs)
+    further = []
+    for title, names, caption in FURTHER:
+        found = [
+            inline(image)
+            for name, image in made.items()
+            if name != main and name.rstrip("0123456789").rstrip("-") in names
+        ]
+        further += [(title, found, caption)] if found else []
     return {
         "heading": heading(part),
-        "tables": [_table(part, (*QUALITY, *TEXTS[1:])), _table(part, (*TIMES, *COSTS[1:]))],
-        "notes": notes(part),
+        "answer": answer(part),
+        "table": _table(part, main_columns(part)),
+        "table_caption": _table_caption(part),
+        "further_table": _table(part, further_columns(part)),
+        "notes": references(part),
         "failures": failures(part),
-        "groups": [(drawn(names), _caption(names, text, part)) for names, text in GROUPS.items()],
-        "arms": starting(f"{RATES}-", f"{SHARES}-"),
-        "trained": starting(f"{TRAINED}-"),
-        "layers": starting(f"{COVERAGE}-", f"{IMPORTANCE}-"),
+        "figure": [inline(made[main])] if main in made else [],
+        "figure_caption": _figure_caption(part, over_rounds=main == OVER_ROUNDS),
+        "further": further,
     }
 
 
-def _caption(names: Sequence[str], caption: str, part: Part) -> str:
-    """A group's caption, completed by what depends on the part."""
-    if names != tuple(AXES):
-        return caption
-    dotted = " Dotted: the target." if part.target is not None else ""
-    variants = len(part.rows)
-    named = f" Of {variants} variants the {NAMED} that end best have names."
-    return f"{caption}{dotted}{named if variants > NAMED else ''}"
+def _table_caption(part: Part) -> str:
+    """What the columns of the main table mean."""
+    clock = clock_of(part)
+    sooner = f"; speed-ups are over {part.baseline}" if part.target is not None else ""
+    return (
+        f"Times are {clock.name}{sooner}. Activations are the most that a training step stored for "
+        "its backward pass; traffic is that of all clients in both directions. Both are measured."
+    )
+
+
+def _figure_caption(part: Part, *, over_rounds: bool) -> str:
+    """What the main figure shows."""
+    metric = part.metric.label.capitalize()
+    rows = [row for row in part.rows if row.quality]
+    seeds = max((row.seeds for row in rows), default=0)
+    mean = " Lines are means over seeds" if seeds > 1 else ""
+    bands = ", bands reach from the lowest to the highest" if mean and len(rows) <= BANDS else ""
+    named = f" The baseline and the {NAMED - 1} others that end best have names."
+    return "".join(
+        (
+            f"{metric} of the global model on the same sample of test texts throughout.",
+            f"{mean}{bands}{'.' if mean else ''}",
+            " All variants take about the same time." if over_rounds and len(rows) > 1 else "",
+            named if len(rows) > NAMED else "",
+        )
+    )
 
 
 def _table(part: Part, columns: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of a table with the columns that are not empty."""
-    known = known_columns(part, columns)
-    return [head(name, part) for name in known], [
-        [COLUMNS[name](row) for name in known] for row in part.rows
+    """Head and rows of a table."""
+    return [head(name, part) for name in columns], [
+        [COLUMNS[name](row) for name in columns] for row in part.rows
     ]
 
 

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from droppeft.comparison.answer import answer
 from droppeft.comparison.grid import Cell
 from droppeft.comparison.study_files import RunRecord
 from droppeft.comparison.summary import Part
@@ -21,7 +22,7 @@ from droppeft.comparison.writers import (
     head,
     heading,
     known_columns,
-    notes,
+    references,
 )
 from droppeft.messages.reply import Reply
 from droppeft.quantities import counted
@@ -109,14 +110,16 @@ class _Run:
 
 
 def show(parts: Sequence[Part], console: Console) -> None:
-    """Print tables and notes for each data set and model."""
+    """Print the answer and tables for each data set and model."""
     for part in parts:
         console.print(Text(heading(part), style="bold"))
+        for sentence in answer(part):
+            console.print(Text(sentence))
         for columns in (QUALITY, TEXTS, TIMES, COSTS):
             known = known_columns(part, columns)
             if len(known) > 1 and (part.target is not None or columns != TIMES):
                 console.print(_table(part, known))
-        for line in notes(part):
+        for line in references(part):
             console.print(Text(line, style="dim"))
         for line in failures(part):
             console.print(Text(line, style="red"))
