@@ -81,6 +81,8 @@ def _fenced(text: str) -> str:
 def _plain_table(html: str) -> str:
     """Return the HTML of pandas without its own look, so that the site's tables are all alike."""
     html = re.sub(r"<style scoped>.*?</style>", "", html, flags=re.DOTALL)
-    html = html.replace(' border="1" class="dataframe"', "").replace(' style="text-align: right;"', "")
+    html = html.replace(' border="1" class="dataframe"', "").replace(
+        ' style="text-align: right;"', ""
+    )
     lines = (line.strip() for line in html.splitlines())
     return f'\n<div class="output">{"".join(lines)}</div>\n'

@@ -10,6 +10,7 @@ empty folder.
 
 import os
 import re
+import resource
 import sys
 import tempfile
 import time
@@ -24,9 +25,20 @@ TUTORIALS = Path(__file__).parents[1] / "docs" / "tutorials"
 SHOWN_FOLDER = "/home/me/tutorial"
 """What outputs have in the place of the folder in which the notebook ran."""
 
+CHECK_COMMANDS = """\
+def _checked(_line, _system=get_ipython().system):
+    _system(_line)
+    if _code := get_ipython().user_ns["_exit_code"]:
+        raise RuntimeError(f"{_line}: exit code {_code}")
+
+
+get_ipython().system = _checked
+"""
+"""A first cell, which is not stored: a line such as ``!droppeft run`` that fails is an error."""
+
 COLUMNS = "90"
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-RICH = "<pre style=\"white-space:pre;overflow-x:auto"
+RICH = '<pre style="white-space:pre;overflow-x:auto'
 """How the HTML of a text that rich printed begins."""
 
 
@@ -49,6 +61,7 @@ def executed(
         [place] = [number for number, cell in enumerate(found.cells) if "parameters" in tags(cell)]
         lines = [f"{name} = {value!r}" for name, value in sizes.items()]
         found.cells.insert(place + 1, nbformat.v4.new_code_cell("\n".join(lines)))
+    found.cells.insert(0, nbformat.v4.new_code_cell(CHECK_COMMANDS))
     client = NotebookClient(
         found,
         timeout=timeout_s,
@@ -57,6 +70,7 @@ def executed(
         resources={"metadata": {"path": str(folder)}},
     )
     client.execute(env=environment(folder))
+    del found.cells[0]
     return found
 
 
@@ -84,9 +98,13 @@ def tidy(notebook: Any, folder: Path) -> None:
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
     }
+    count = 0
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = _joined([_as_text(one, folder) for one in cell.outputs])
+        if cell.get("execution_count"):
+            count += 1
+            cell.execution_count = count
 
 
 def _as_text(output: Any, folder: Path) -> Any:
@@ -112,11 +130,13 @@ def _plain(text: str, folder: Path) -> str:
 
 
 def _joined(outputs: list[Any]) -> list[Any]:
-    """The outputs, where texts that follow one another are one."""
+    """The outputs without warnings and progress bars; texts that follow one another are one."""
     found: list[Any] = []
     for one in outputs:
+        if one.get("name") == "stderr":
+            continue
         last = found[-1] if found else None
-        if last and one.output_type == last.output_type == "stream" and one.name == last.name:
+        if last and one.output_type == last.output_type == "stream":
             last.text += one.text
         else:
             found.append(one)
@@ -128,13 +148,21 @@ def main(names: list[str]) -> None:
     for path in sorted(TUTORIALS.glob("*.ipynb")):
         if names and path.stem not in names:
             continue
-        begin = time.monotonic()
+        begin, before = time.monotonic(), _cpu_s()
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch).resolve()
             notebook = executed(path, folder)
             tidy(notebook, folder)
         nbformat.write(notebook, path)
-        print(f"{path.name}: {(time.monotonic() - begin) / 60:.1f} minutes")
+        took = (time.monotonic() - begin) / 60
+        used = (_cpu_s() - before) / 60
+        print(f"{path.name}: {took:.1f} minutes, of CPU time {used:.1f} minutes", flush=True)
+
+
+def _cpu_s() -> float:
+    """CPU time of the kernels that have ended, and of what they started."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 if __name__ == "__main__":

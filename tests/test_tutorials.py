@@ -20,7 +20,7 @@ NOTEBOOKS = sorted((ROOT / "docs/tutorials").glob("*.ipynb"))
 
 SMALL: dict[str, dict[str, Any]] = {
     "classify_a_table": {"ROWS": 400, "ROUNDS": 1},
-    "compare_methods": {"ROUNDS": 1, "ROWS": 400, "SEEDS": [0]},
+    "compare_methods": {"ROWS": 400, "ROUNDS": 1, "SEEDS": [0]},
     "fine_tune_a_language_model": {"ROUNDS": 1, "TEST_ROWS": 4, "GENERATED": 2},
     "layer_dropout_in_trainer": {"STEPS": 2, "SFT_STEPS": 2, "TEST_ROWS": 16},
     "your_own_machines": {"ROUNDS": 1},
