@@ -43,7 +43,7 @@ RICH = '<pre style="white-space:pre;overflow-x:auto'
 
 
 def executed(
-    notebook: Path, folder: Path, sizes: Mapping[str, Any] | None = None, timeout_s: float = 1200
+    notebook: Path, folder: Path, sizes: Mapping[str, Any] | None = None, timeout_s: float = 3600
 ) -> Any:
     """Execute a notebook in a folder, and return it with its outputs.
 
