@@ -2,6 +2,7 @@
 # `make test` leaves out. `make install-llm` installs what language models need, without a run.
 # `make docs` builds the documentation site into build/site; once its packages are installed, without network.
 # `make bench` compares speeds on this machine, in less than ten minutes (docs/benchmarks/speed.md).
+# `make tutorials` executes the notebooks of docs/tutorials and stores their outputs, in about half an hour.
 # `make results` writes the figures and tables of docs/ again, from the committed result files.
 #
 # PYTHON       interpreter that makes the virtual environment (3.11 or newer)
@@ -19,7 +20,7 @@ DEV := $(VENV)/.installed-dev
 DOCS := $(VENV)/.installed-docs
 LLM := $(VENV)/.installed-llm
 
-.PHONY: run llm test test-full lint install install-llm docs bench results constraints clean
+.PHONY: run llm test test-full lint install install-llm docs tutorials bench results constraints clean
 
 run: $(RUNTIME)
 	$(BIN)/droppeft run $(ARGS)
@@ -75,6 +76,9 @@ $(LLM): $(RUNTIME)
 docs: export NO_MKDOCS_2_WARNING := 1
 docs: $(DOCS)
 	$(BIN)/mkdocs build --strict
+
+tutorials: $(DEV) $(LLM)
+	$(BIN)/python -m scripts.run_tutorials
 
 bench: export OMP_NUM_THREADS := 1
 bench: export TOKENIZERS_PARALLELISM := false

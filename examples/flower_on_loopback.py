@@ -4,7 +4,7 @@ r"""Run a configuration on a SuperLink and a SuperNode for each site, all starte
         data=examples/sites/server rounds=3
 
 The connections are encrypted and the nodes have keys. The same commands are used on several
-machines; see docs/tutorials/your_own_machines.md.
+machines; see docs/tutorials/your_own_machines.ipynb.
 """
 
 import json

@@ -7,9 +7,12 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
+import typer
 
 import droppeft
+from droppeft.cli import app
 from droppeft.command_line_words import file_and_settings
 from droppeft.config import as_tree, build_config, flat, known_keys, load_config
 from droppeft.data.conversation_sources import load_conversations
@@ -17,8 +20,8 @@ from droppeft.data.conversations import Conversation
 from droppeft.layer_dropout import find_blocks
 from droppeft.methods import METHODS
 from droppeft.methods.rules import check_settings
-from droppeft.models.packaged import builtin_model_folder
 from droppeft.server.run import start_run
+from pages import markdown_of, python_of
 from runs import Recorder, write_tiny_data
 from tiny import tiny_model
 
@@ -54,7 +57,7 @@ def test_own_method(
     """Of two clients the median is the mean; resumed and exported, it is known by its name."""
     method = runpy.run_path(str(ROOT / "examples/own_method.py"))["MEDIAN"]
     monkeypatch.setitem(METHODS, "median", method)  # is removed when the test ends
-    shown = code_of("docs/how_to/write_a_method.md", "MEDIAN = Method(")
+    shown = python_of("docs/how_to/write_a_method.md", "MEDIAN = Method(")
     assert shown.strip() in (ROOT / "examples/own_method.py").read_text("utf-8")
     model, data = (word.partition("=")[2] for word in tiny_overrides[:2])
     settings: dict[str, Any] = {
@@ -74,22 +77,6 @@ def test_own_method(
     assert own.metrics["loss"] == pytest.approx(plain.metrics["loss"], rel=0.01)
     assert own.metrics["loss"] < own.metrics["initial_loss"]
     assert own.predict("bread soup") in ("food", "music", "space")
-
-
-def test_the_python_of_the_tutorial_runs(
-    tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With the tiny model and few steps; the second block is for the model that was exported."""
-    page, names = "docs/tutorials/classify_a_table.md", {}
-    monkeypatch.chdir(tmp_path)
-    lines = [f"text {row} about {row % 4},{'abcd'[row % 4]}" for row in range(400)]
-    Path("news.csv").write_text("\n".join(["text,label", *lines]), encoding="utf-8")
-    model = tiny_overrides[0].partition("=")[2]
-    quick = f'"news.csv", model={model!r}, training={{"local_steps": 1}},'
-    exec(code_of(page, "droppeft.run").replace('"news.csv",', quick), names)
-    names["result"].export("news-model", merge=True)
-    exec(code_of(page, "pipeline("), names)
-    assert names["classify"]("text 1 about 1")[0]["label"] in "abcd"
 
 
 def test_summaries_of_docstrings(tmp_path: Path) -> None:
@@ -129,30 +116,53 @@ def test_ag_news(data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def commands() -> list[str]:
-    """Return the `droppeft run` commands of the README and the pages, each once."""
-    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
-    text = "\n".join(
-        page.read_text(encoding="utf-8").replace("\\\n", "")
-        for page in pages
+    """Return the commands `droppeft ...` of the README and the pages, each once.
+
+    They stand in blocks without a language, and after "!" in cells of notebooks.
+    """
+    found: set[str] = set()
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.*"))):
         # Decisions say what was valid when they were made; the other page adds a method.
-        if page.parent.name != "decisions" and page.name != "write_a_method.md"
-    )
-    found = (re.split(r" #| --", line)[0].strip() for line in text.splitlines())
-    runs = {line for line in found if re.match(r"droppeft run( |$)", line)}
-    return sorted(line for line in runs if not line.endswith("..."))
+        if page.suffix not in (".md", ".ipynb") or page.name == "write_a_method.md":
+            continue
+        if page.parent.name != "decisions":
+            text = markdown_of(page).replace("\\\n", "")
+            blocks = re.findall(r"^ *```(.*?)\n(.*?)^ *```$", text, re.DOTALL | re.MULTILINE)
+            lines = "\n".join(code for language, code in blocks if not language).splitlines()
+            lines += re.findall(r"^ *!(.*)", text, re.MULTILINE)
+            found |= {line.partition(" #")[0].strip() for line in lines}
+    return sorted(line for line in found if line.startswith("droppeft "))
+
+
+COMMANDS = commands()
+RUNS = [line for line in COMMANDS if re.match(r"droppeft run( (?!.*\.\.\.)|$)", line)]
 
 
 def test_the_pages_have_commands() -> None:
-    assert len(commands()) > 30
+    assert len(RUNS) > 30
+    assert len(COMMANDS) > 60
 
 
-@pytest.mark.parametrize("command", commands())
+@pytest.mark.parametrize("command", RUNS)
 def test_a_command_is_valid(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    path, overrides = file_and_settings(shlex.split(command)[2:])
+    words = shlex.split(command.partition(" --")[0])[2:]
+    path, overrides = file_and_settings(words)
     if path == Path("my.toml"):  # shown on the page of settings
         overrides = ["method=droppeft", *overrides]
     check_settings(load_config(path if path and path.exists() else None, overrides))
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if "..." not in line])
+def test_a_command_has_these_options(command: str) -> None:
+    """It is parsed and not run."""
+    found = typer.main.get_command(app)
+    name, *words = shlex.split(command)[1:]
+    while isinstance(found, click.Group):
+        found = found.commands[name]
+        if isinstance(found, click.Group):
+            name, *words = words
+    found.make_context(name, words)
 
 
 def test_the_configuration_for_those_who_come_from_flowertune_is_valid() -> None:
@@ -172,26 +182,19 @@ def test_the_configuration_for_those_who_come_from_flowertune_is_valid() -> None
     assert {key for key, _ in named} <= {key for key, _ in known_keys()}
 
 
-def code_of(page: str, part: str) -> str:
-    """Return the only Python block of a page that contains ``part``."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text("utf-8"), re.DOTALL)
-    [code] = [block for block in blocks if part in block]
-    return str(code)
-
-
 @pytest.mark.full
 def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_tiny_data(tmp_path)
     (tmp_path / "train.csv").rename("news.csv")
     found: dict[str, Any] = {}
-    code = code_of("README.md", "droppeft.run").replace("rounds=10", "rounds=1")
+    code = python_of("README.md", "droppeft.run").replace("rounds=10", "rounds=1")
     exec(code.replace("clients=10", "clients=5"), found)
     assert found["result"].conclusion
     assert (tmp_path / "my-model" / "config.json").is_file()
 
 
-TUTORIAL = "docs/tutorials/layer_dropout_in_trainer.md"
+TUTORIAL = "docs/tutorials/layer_dropout_in_trainer.ipynb"
 
 
 @pytest.mark.parametrize(
@@ -210,30 +213,7 @@ def test_the_loops_of_a_page_run(page: str, part: str, noun: str) -> None:
     batches = [{"input_ids": ids, "labels": torch.tensor([0, 1])}] * 3
     before = [value.detach().clone() for value in model.classifier.parameters()]
     names = {"model": model, "optimizer": optimizer, "batches": batches}
-    exec(code_of(page, part), names)
+    exec(python_of(page, part), names)
     assert sum(names[noun].executed) == 3 * 2  # half of four layers
     assert not any(map(torch.equal, before, model.classifier.parameters()))
     assert all("forward" not in vars(block) for block in find_blocks(model)[1])
-
-
-@pytest.mark.full
-def test_the_trainer_of_the_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the built-in model instead of that of the Hub, fewer steps and fewer rows."""
-    monkeypatch.chdir(tmp_path)
-    lines = [f"text {row} about {row % 4},{'abcd'[row % 4]}" for row in range(320)]
-    Path("news.csv").write_text("\n".join(["text,label", *lines]), encoding="utf-8")
-    code = code_of(TUTORIAL, "callbacks=[LayerDropoutCallback")
-    replaced = {
-        '"sentence-transformers/all-MiniLM-L6-v2"': repr(str(builtin_model_folder())),
-        "max_steps=100,": "max_steps=4, use_cpu=True,",
-        "logging_steps=20": "logging_steps=1",
-        "eval_steps=50": "eval_steps=4",
-    }
-    for old, new in replaced.items():
-        assert code.count(old) == 1
-        code = code.replace(old, new)
-    names: dict[str, Any] = {}
-    exec(code, names)
-    history = names["trainer"].state.log_history
-    assert [row["active_layers"] for row in history if "loss" in row] == [3.0] * 4
-    assert all("forward" not in vars(block) for block in find_blocks(names["model"])[1])

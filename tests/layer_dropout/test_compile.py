@@ -5,9 +5,7 @@ Graphs are captured (in some tests also differentiated) and then run without a c
 """
 
 import random
-import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,11 +16,12 @@ from torch._dynamo.exc import Unsupported
 
 import architecture_contract as contract
 from droppeft.layer_dropout import find_blocks, find_stacks, gated, layer_dropout
+from pages import python_of
 from tiny import tiny_model
 
 LAYERS = 3
 PATTERNS = 20
-TUTORIAL = Path(__file__).parents[2] / "docs/tutorials/layer_dropout_in_trainer.md"
+TUTORIAL = "docs/tutorials/layer_dropout_in_trainer.ipynb"
 Batch = dict[str, torch.Tensor]
 
 
@@ -149,10 +148,9 @@ def test_drawing_gates_is_not_part_of_a_graph(compiler: Compiler) -> None:
 
 def recipe(compiler: Compiler) -> str:
     """Return the code of the tutorial, changed to use the test's backend."""
-    page = TUTORIAL.read_text("utf-8")
-    [code] = re.findall(r"```python\n([^`]*?torch\.compile.*?)```", page, re.DOTALL)
+    code = python_of(TUTORIAL, "torch.compile(block.forward)")
     assert code.count("torch.compile(block.forward)") == 1
-    return str(code).replace("(block.forward)", "(block.forward, backend=compiler)")
+    return code.replace("(block.forward)", "(block.forward, backend=compiler)")
 
 
 @pytest.mark.full  # aot_eager takes long

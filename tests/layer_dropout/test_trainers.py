@@ -35,11 +35,12 @@ from droppeft.layer_dropout import find_blocks, layer_dropout
 from droppeft.layer_dropout.dropout import DrawnGates
 from droppeft.layer_dropout.trainer import LayerDropoutCallback
 from droppeft.models.packaged import builtin_model_folder
+from pages import ROOT, markdown_of
 from processes import started
 from refusals import refused
 from tiny import save_tiny_model, tiny_model
 
-PAGE = Path(__file__).parents[2] / "docs/tutorials/layer_dropout_in_trainer.md"
+PAGE = ROOT / "docs/tutorials/layer_dropout_in_trainer.ipynb"
 LAYERS = 6
 STEPS = 3
 PAIR = ("DistributedDataParallel", "FSDP2 (`fully_shard`)")
@@ -417,7 +418,7 @@ def of_two_processes(row: str, column: str, folder: Path) -> Outcome:
 
 def cells() -> Iterator[tuple[str, str, str]]:
     """Yield row, column and content of each cell of the table in the documentation."""
-    page = PAGE.read_text("utf-8")
+    page = markdown_of(PAGE)
     [table] = re.findall(r"^\| trainer \|.*?(?=\n\n)", page, re.DOTALL | re.MULTILINE)
     header, _, *rows = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()
