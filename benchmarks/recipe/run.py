@@ -55,7 +55,12 @@ MODELS = {
     ),
     "smollm2 on dolly": (
         *("task=causal_lm", "model=smollm2", "data=dolly15k", "source.max_train_rows=480"),
-        *("source.max_test_rows=64", "evaluation.rows=64", "training.batch_size=6", "training.max_length=128"),
+        *(
+            "source.max_test_rows=64",
+            "evaluation.rows=64",
+            "training.batch_size=6",
+            "training.max_length=128",
+        ),
     ),
     "mpnet": (
         *("model=mpnet", "data=ag_news", "source.max_train_rows=1200", "evaluation.rows=300"),
