@@ -33,7 +33,7 @@ def test_a_cohort_finishes_together() -> None:
 
 def test_a_round_is_not_cut_below_a_share_of_its_value() -> None:
     """Half of the reward in a tenth of the time is more per second, but too little for a round."""
-    scores, seconds = [[1.0, 0.5]] * 3, [[1.0, 0.1], [1.0, 0.1], [9.0, 0.9]]
+    scores, seconds = [[1.0, 0.5]] * 3, [[5.0, 0.1], [5.0, 0.1], [9.0, 0.9]]
     assert together(scores, seconds) == [1, 1, 1]
     assert together(scores, seconds, least=0.5) == [1, 1, 1]
     assert together(scores, seconds, least=0.75) == [0, 0, 1]

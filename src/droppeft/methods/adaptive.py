@@ -13,8 +13,7 @@ trainings (docs/benchmarks/ablation.md). Language models need their lower layers
 all layers have an adapter. What a combination is worth is then the sum of what its layers are
 worth, and the updates of every round tell that (:mod:`droppeft.bandit.layer_values`). A round is
 worth at least three quarters of one in which all clients do all. At first all layers are worth the
-same. At least two clients of a round train all layers, so that none is left as
-it is.
+same. At least two clients of a round train all layers, so that none is left as it is.
 
 Two defaults lower the costs without choosing anything. Values travel in 8 bits, with error feedback
 (``traffic.encoding=int8``). Steps of language models add up the gradients of parts of four rows
