@@ -5,7 +5,8 @@
 One client with all rows, so that nothing but the recipe matters: SmolLM2 and E2E or dolly
 (completion loss), and MPNet and AG News or 20 Newsgroups (accuracy). It trains in rounds of ten
 steps, as a client of a federation does, with a new optimizer in each round. LoRA has rank 8 in the
-attention of all layers and alpha 16 unless the cell says otherwise. The learning rates fall to 0 over the run.
+attention of all layers and alpha 16 unless the cell says otherwise. The learning rates fall to 0
+over the run.
 
 The starts are peft's: `gaussian` and `orthogonal` draw A and B; EVA takes A from the inputs of the
 adapted layers on 16 batches; PiSSA and OLoRA take A and B from the weights, and subtract their
