@@ -40,7 +40,7 @@ from droppeft.messages.server_state import GlobalModel
 TEACHERS = 2
 """Clients of a round that train all layers. Fewer than two could not be compared."""
 
-LEAST_VALUE = 0.75
+LEAST_VALUE = 0.85
 """Share of what a round would be worth, if every client trained all layers in all steps, that it is
 worth at least. Shorter rounds may teach more per second, but a run has a fixed number of them."""
 
