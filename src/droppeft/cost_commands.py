@@ -134,8 +134,9 @@ def calibrate(
     For each layer it measures the loss that is added when the layer alone is skipped,
     and the gradient of its adapter. It prints drop rates that follow: layers that cost
     little are dropped most, and expensive ones never. Settings are those of a run that
-    change what is measured: task, model, data, quantization, seed, training.precision,
-    training.batch_size, training.max_length, training.loss_on, and those that begin
+    change what is measured: task, model, data, quantization, seed, accelerator,
+    training.precision, training.batch_size, training.micro_batch_size,
+    training.max_length, training.checkpointing, training.loss_on, and those that begin
     with source. or adapter.
     """
     from rich.console import Console

@@ -72,6 +72,12 @@ def remove_left_behind(folder: Path, names: str, older_than_s: float = LEFT_BEHI
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def remove_empty(folder: Path) -> None:
+    """Remove a folder if it exists and nothing is in it."""
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
 def as_json(value: Any, indent: int | None = None) -> str:
     """Return a value as valid JSON: numbers that are not finite become ``null``.
 

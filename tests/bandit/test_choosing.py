@@ -17,7 +17,7 @@ def together(scores: list[list[float]], seconds: list[list[float]], **more: obje
     fits = np.array(more.get("fits", np.ones(np.shape(scores), bool)))
     expected = np.array(more.get("expected", np.zeros(len(scores[0]))))
     scored = ScoredArms(np.array(scores), expected, bool(more.get("by_cost", True)))
-    return list(choose_together(scored, np.array(seconds), fits))
+    return list(choose_together(scored, np.array(seconds), fits, float(more.get("least", 0))))
 
 
 def test_a_cohort_finishes_together() -> None:
@@ -29,6 +29,15 @@ def test_a_cohort_finishes_together() -> None:
     assert together(scores, [[2.0, 0.5], [8.0, 2.0]]) == [0, 1]
     # If arm 1 has little reward, it is better to wait for the slow client: 1.05 / 2 < 2 / 3.
     assert together([[1.0, 0.05]] * 2, [[2.0, 0.5], [3.0, 2.0]]) == [0, 0]
+
+
+def test_a_round_is_not_cut_below_a_share_of_its_value() -> None:
+    """Half of the reward in a tenth of the time is more per second, but too little for a round."""
+    scores, seconds = [[1.0, 0.5]] * 3, [[5.0, 0.1], [5.0, 0.1], [9.0, 0.9]]
+    assert together(scores, seconds) == [1, 1, 1]
+    assert together(scores, seconds, least=0.5) == [1, 1, 1]
+    assert together(scores, seconds, least=0.75) == [0, 0, 1]
+    assert together(scores, seconds, least=1) == [0, 0, 0]
 
 
 def test_a_fast_client_has_time_for_the_better_arm() -> None:

@@ -40,6 +40,7 @@ SPELT_OUT = (
     "configurator.policy=budgeted_thompson",
     "configurator.means=[0]",
     "configurator.depths=[[1], [0.66]]",
+    "traffic.encoding=int8",
 )
 
 

@@ -164,6 +164,7 @@ def test_a_round_that_is_repeated_begins_with_the_same_errors(
             start_run(load_config(None, words), outs[1], Recorder())
     resume_run(outs[1], Recorder())
     assert outcome(outs[0]) == outcome(outs[1])
+    assert {*state.iterdir()} == {*outs}  # nothing is left of the state of runs that have ended
     rows = rows_of(outs[0] / "clients.jsonl")
     assert max(row["upload_bytes"] for row in rows) < 0.3 * 4 * parameters_of(outs[0])
 

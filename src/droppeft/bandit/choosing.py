@@ -11,7 +11,7 @@ Matrix = npt.NDArray[np.float64]
 
 
 def choose_together(
-    scored: ScoredArms, seconds: Matrix, fits: npt.NDArray[np.bool_]
+    scored: ScoredArms, seconds: Matrix, fits: npt.NDArray[np.bool_], least: float = 0.0
 ) -> tuple[int, ...]:
     """Choose an arm for each client of a cohort; the round lasts as long as its slowest client.
 
@@ -23,6 +23,8 @@ def choose_together(
         scored: scores of A arms.
         seconds: (clients, A) modelled seconds of a local training.
         fits: (clients, A) whether the client has enough memory.
+        least: share of the largest possible sum of scores that a round has at least, since a run
+            has a fixed number of rounds.
 
     Returns:
         The index of an arm for each client; the first one among equals.
@@ -42,10 +44,13 @@ def choose_together(
     forced_reward = float(np.maximum(scored.expected[best_arm[forced]], MIN_REWARD).sum())
     forced_time = max(seconds[forced, best_arm[forced]], default=0.0)
     soonest = max(forced_time, float(times.min(axis=1).max()))
+    enough = least * float(rewards.max(axis=1).sum()) - 1e-9
     best, chosen = -np.inf, best_arm
     for end in np.unique(np.append(times[np.isfinite(times) & (times > soonest)], soonest)):
         picked = np.where(times <= end, rewards, -np.inf).argmax(axis=1)
         rows = np.arange(len(picked))
+        if rewards[rows, picked].sum() < enough:
+            continue
         duration = max(forced_time, float(times[rows, picked].max()))
         worth = (forced_reward + rewards[rows, picked].sum()) / duration
         if worth > best:

@@ -40,6 +40,10 @@ from droppeft.messages.server_state import GlobalModel
 TEACHERS = 2
 """Clients of a round that train all layers. Fewer than two could not be compared."""
 
+LEAST_VALUE = 0.85
+"""Share of what a round would be worth, if every client trained all layers in all steps, that it is
+worth at least. Shorter rounds may teach more per second, but a run has a fixed number of them."""
+
 
 @dataclass(frozen=True)
 class ArmsOfRound:
@@ -107,7 +111,8 @@ def arms_of_round(
     if setup.config.configurator.policy == LAYER_VALUES:
         worth = _worth(setup, memory)
         scored = ScoredArms(np.tile(worth, (len(cohort), 1)), worth)
-        chosen = choose_together(scored, seconds, _teaching_all(setup, memory, seconds, fits))
+        able = _teaching_all(setup, memory, seconds, fits)
+        chosen = choose_together(scored, seconds, able, LEAST_VALUE)
         return [numbers[index] for index in chosen]
     untried = np.array([number not in memory.tried for number in numbers])
     inputs = PolicyInputs(seconds, fits, untried, rng)

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 import numpy as np
 
 from droppeft.checked_safetensors import DAMAGES, decode_checked, encode_checked
-from droppeft.client.client_state import client_folder, round_file, saved_rounds
+from droppeft.client.client_state import client_folder, round_file, saved_rounds, state_dir
 from droppeft.errors import DroppeftError
-from droppeft.files import make_private, remove_left_behind, write_atomically
+from droppeft.files import make_private, remove_empty, remove_left_behind, write_atomically
 from droppeft.messages.encoding import Floats, decode, encode
-from droppeft.messages.instruction import Instruction
+from droppeft.messages.instruction import Instruction, checked_run
 from droppeft.messages.tensors import Array, LayerKey, Tensors, flatten
 
 RETAINED_FILES = 3
@@ -99,6 +99,19 @@ def save_errors(run: str, client: int, round: int, errors: Errors) -> None:
             f"{folder}: the rounding errors of an update cannot be saved ({error}); check the "
             "disk, set DROPPEFT_STATE to another folder, or traffic.encoding=fp32"
         ) from None
+
+
+def forget_errors(run: str) -> None:
+    """Delete the errors of all clients of a run on this machine.
+
+    They are part of no model. If a finished run is given more rounds, its clients begin without
+    them, which loses as much as one rounding.
+    """
+    for folder in state_dir().glob(f"{checked_run(run)}/client-*"):
+        for round in [*saved_rounds(folder, _ROUNDING)]:
+            round_file(folder, _ROUNDING, round).unlink(missing_ok=True)
+        remove_empty(folder)
+    remove_empty(state_dir() / run)
 
 
 def _floats(array: Array) -> Floats:

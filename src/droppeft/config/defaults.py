@@ -23,6 +23,7 @@ METHOD_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
             "means": (0.0,),
             "depths": ((1.0,), (0.66,)),
         },
+        "traffic": {"encoding": "int8"},  # docs/benchmarks/precision.md
     },
     "fedadapter": {"adapter": {"type": "bottleneck"}},
     "fedprompt": {"adapter": {"type": "prompt_tuning"}},
@@ -46,6 +47,8 @@ DEFAULTS_OF_METHOD_AND_TASK: dict[tuple[str, str], dict[str, dict[str, Any]]] = 
             "depths": ((1.0,), (1.0, 0.67, 0.33, 0.33), (0.5,), (0.33,)),
             "steps": (1.0, 0.5, 0.25),
         },
+        # Half of the default batch, which halves the stored activations.
+        "training": {"micro_batch_size": 4},
     },
 }
 

@@ -11,9 +11,13 @@ For classification the lower half of the layers is frozen on all clients, and a 
 two thirds of the upper layers; what these are worth is learnt from the rewards of whole local
 trainings (docs/benchmarks/ablation.md). Language models need their lower layers more, so that
 all layers have an adapter. What a combination is worth is then the sum of what its layers are
-worth, and the updates of every round tell that (:mod:`droppeft.bandit.layer_values`). At first all
-layers are worth the same. At least two clients of a round train all layers, so that none is left as
-it is.
+worth, and the updates of every round tell that (:mod:`droppeft.bandit.layer_values`). A round is
+worth at least 85 % of one in which all clients do all. At first all layers are worth the
+same. At least two clients of a round train all layers, so that none is left as it is.
+
+Two defaults lower the costs without choosing anything. Values travel in 8 bits, with error feedback
+(``traffic.encoding=int8``). Steps of language models add up the gradients of parts of four rows
+(``training.micro_batch_size=4``), which store half of the activations of a batch of eight.
 """
 
 from dataclasses import replace

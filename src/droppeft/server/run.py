@@ -16,6 +16,7 @@ from typing import Any
 
 from droppeft.cached_layers.cached_layers import state_folder
 from droppeft.client.client_state import state_dir
+from droppeft.client.rounding_errors import forget_errors
 from droppeft.client.run_inputs import ReadData, count_clients, read_data
 from droppeft.config import Config
 from droppeft.errors import DroppeftError, Interrupted
@@ -355,5 +356,6 @@ def _finish(
     result |= {"conclusion": conclude(result, rows, trend), "trend": trend.kind if trend else None}
     write_atomically(out / RESULT, (as_json(result, indent=2) + "\n").encode())
     shutil.rmtree(state_folder(prepared.setup.run), ignore_errors=True)
+    forget_errors(prepared.setup.run)
     listener.finished(result)
     return result
