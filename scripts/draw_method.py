@@ -16,6 +16,7 @@ import numpy as np
 
 from droppeft.bandit.arms import Arm, Depth, candidates, modes_of_arm, steps_of_arm, trained_shares
 from droppeft.bandit.choosing import choose_together
+from droppeft.bandit.federated import LEAST_VALUE
 from droppeft.bandit.layer_values import LayerValues
 from droppeft.bandit.policies import ScoredArms
 from droppeft.config.defaults import DEFAULTS_OF_METHOD_AND_TASK, METHOD_DEFAULTS
@@ -146,7 +147,7 @@ def chosen(task: str) -> list[Panel]:
     work = np.array([_work(arm, depth) for arm in arms])
     seconds = np.array([work / speed for speed in SPEEDS.values()])
     scored = ScoredArms(np.tile(worth, (len(SPEEDS), 1)), worth)
-    numbers = choose_together(scored, seconds, np.ones(seconds.shape, dtype=bool))
+    numbers = choose_together(scored, seconds, np.ones(seconds.shape, dtype=bool), LEAST_VALUE)
     what = {"classification": "classification", "causal_lm": "language model"}[task]
     return [
         Panel(device, what, drawn(modes_of_arm(arm, depth), steps_of_arm(arm, STEPS), client))
