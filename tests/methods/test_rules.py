@@ -37,6 +37,14 @@ IGNORED = [
         "has no effect with task=causal_lm, whose head is not trained",
     ),
     (
+        "task=causal_lm evaluation.mistakes=3",
+        "evaluation.mistakes has no effect with task=causal_lm; leave it out",
+    ),
+    (
+        "method=local evaluation.mistakes=3",
+        "evaluation.mistakes has no effect with method=local, which gives no global model",
+    ),
+    (
         "method=adaptive training.local_epochs=1 configurator.steps=[0.5]",
         "configurator.steps has no effect with training.local_epochs=1; they are shares of",
     ),
