@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from browser import Tab, browser_tab
-from chats import chat_settings
+from chats import ANSWERS, chat_settings
 from droppeft.config import load_config
 from droppeft.runs.folder import locked
 from droppeft.server.run import start_run
@@ -88,12 +88,36 @@ def test_a_text_is_classified(tab: Tab, whole_run: Path) -> None:
 
 def test_a_language_model_answers(tab: Tab, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    settings = ("training.learning_rate=0.05", "training.local_steps=5", "rounds=1")
-    overrides = [*chat_settings(tmp_path), *settings, "adapter.targets=all-linear"]
+    learns = ("training.learning_rate=0.02", "training.local_steps=20", "rounds=4")
+    overrides = [*chat_settings(tmp_path), *learns, "adapter.targets=all-linear"]
     start_run(load_config(None, overrides), run, Recorder())
     with served("serve", run, "--max-new-tokens", 6) as address:
         tab.open(address)
-        tab.write("textarea", "many answer test")
-        tab.press_enter()
-        answer = tab.wait_for("document.querySelector('.bot.message').innerText.trim()")
-        assert answer
+        ask(tab)
+        assert answer(tab) in ANSWERS.values()
+
+
+def test_a_language_model_answers_with_nothing(tab: Tab, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    overrides = [*chat_settings(tmp_path), "training.learning_rate=0.05", "rounds=1"]
+    settings = ("training.local_steps=5", "adapter.targets=all-linear")
+    start_run(load_config(None, [*overrides, *settings]), run, Recorder())
+    with served("serve", run, "--max-new-tokens", 6) as address:
+        tab.open(address)
+        ask(tab)
+        tab.wait_for_text("The answer is empty.")
+        ask(tab)
+        tab.wait_for("document.body.innerText.split('The answer is empty.').length == 3")
+
+
+def ask(tab: Tab) -> None:
+    """Send a message in a chat, as soon as the answer before has ended."""
+    tab.wait_for("!document.querySelector('textarea').disabled")
+    tab.write("textarea", "many answer test")
+    tab.press_enter()
+
+
+def answer(tab: Tab) -> str:
+    """The model's first answer in a chat, when it is complete."""
+    message = "document.querySelector('.bot [data-testid=bot]')"
+    return str(tab.wait_for(f"{message}.innerText.trim()"))

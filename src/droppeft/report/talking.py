@@ -21,6 +21,7 @@ from droppeft.tasks.generation import GenerationSettings
 HELP = "Write a message. An empty line begins a new conversation; Ctrl-D ends."
 YOU = "you   "
 MODEL = "model "
+EMPTY_ANSWER = "The answer is empty."
 
 
 def talk(
@@ -91,6 +92,8 @@ def _converse(answering: Answering, console: Console) -> None:
             console.print(Text(str(error), style="red"))
             messages.pop()
             continue
+        if not answer.strip():
+            console.print(Text(EMPTY_ANSWER, style="dim"))
         messages.append(Message("assistant", answer))
 
 

@@ -13,7 +13,7 @@ from droppeft.errors import DroppeftError
 from droppeft.quantities import counted
 from droppeft.report.result_html import short_name
 from droppeft.report.screen import Screen
-from droppeft.report.talking import loaded
+from droppeft.report.talking import EMPTY_ANSWER, loaded
 from droppeft.runs.answering import Answering
 from droppeft.runs.folder import RESULT, saved_config
 from droppeft.runs.predicting import Predictor, load_predictor
@@ -144,12 +144,15 @@ def chat_page(answering: Answering, title: str) -> Any:
 
     def answer(
         said: str, history: Sequence[Mapping[str, Any]], temperature: float, most: float
-    ) -> Iterator[str]:
+    ) -> Iterator[Any]:
         settings = replace(given, temperature=temperature, max_new_tokens=int(most))
+        messages = [*messages_of(history), Message("user", said)]
+        text = ""
         with _sentences(gr):
-            yield from stream_answer(
-                answering.with_settings(settings), [*messages_of(history), Message("user", said)]
-            )
+            for text in stream_answer(answering.with_settings(settings), messages):
+                yield text
+        if not text.strip():  # gradio would show nothing
+            yield gr.ChatMessage(text, metadata={"title": EMPTY_ANSWER, "status": "done"})
 
     most = min(max(LONGEST_ANSWER, given.max_new_tokens), answering.positions - 1)
     warmest = max(WARMEST, given.temperature)
