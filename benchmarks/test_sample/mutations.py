@@ -321,7 +321,7 @@ MUTATIONS = (
     ),
     Mutation(
         "settings without an effect are accepted",
-        "methods/rules.py",
+        "methods/without_effect.py",
         "for key in given(config):",
         "for key in ():",
         ("methods/test_rules.py",),

@@ -13,8 +13,9 @@ from droppeft.comparison.grid import Comparison, cells, named_on_the_command_lin
 from droppeft.config import Config, build_config, load_config, parse_override
 from droppeft.errors import DroppeftError
 from droppeft.methods import METHODS, Method
-from droppeft.methods.rules import NO_EFFECT, check_settings, given, without_effect
+from droppeft.methods.rules import check_settings
 from droppeft.methods.step_settings import check_step_settings
+from droppeft.methods.without_effect import NO_EFFECT, given, without_effect
 from droppeft.resources.estimate import combinations
 from droppeft.server.run import start_run
 from runs import Recorder

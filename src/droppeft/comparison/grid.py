@@ -26,7 +26,8 @@ from droppeft.config.exclusive import EXCLUSIVE
 from droppeft.config.table import Real, Table, TextList, Whole
 from droppeft.errors import DroppeftError
 from droppeft.methods import method_named
-from droppeft.methods.rules import check_settings, check_target, reason_of, without_effect
+from droppeft.methods.rules import check_settings, check_target
+from droppeft.methods.without_effect import reason_of, without_effect
 
 
 class TargetTable(Table):

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from droppeft.config import build_config
 from droppeft.config.task_detection import CAUSAL_LM, CLASSIFICATION, detected_task
-from droppeft.methods.rules import given
+from droppeft.methods.without_effect import given
 from droppeft.quantities import bytes_text, counted, joules_text, seconds_text, share
 from droppeft.runs.folder import PAGE
 from droppeft.tasks.metrics import F1, LOSS, TEXT_METRICS, Metric, metrics_in, primary_metric

@@ -36,8 +36,8 @@ from droppeft.federated_method import adapter_spec
 from droppeft.layer_dropout.modes import LayerModes, starts_of
 from droppeft.methods import method_named
 from droppeft.methods.droppeft import configured_rates
-from droppeft.methods.rules import given
 from droppeft.methods.step_settings import STEP_METHOD, check_step_settings, step_of
+from droppeft.methods.without_effect import given
 from droppeft.models.sources import find_source
 from droppeft.resources.device_limits import Limits
 from droppeft.resources.model_shape import check_runnable, model_shape

@@ -19,7 +19,8 @@ from droppeft.data.conversations import ConversationTable, Document
 from droppeft.data.partition import partition_rows
 from droppeft.data.texts import TextTable
 from droppeft.errors import DroppeftError
-from droppeft.methods.rules import check_settings, given
+from droppeft.methods.rules import check_settings
+from droppeft.methods.without_effect import given
 from droppeft.models.hardware import resolve_here
 
 RUN, SERVER, NODE, TEST = "run.toml", "server.toml", "node.toml", "test"
