@@ -260,7 +260,10 @@ def test_one_file_of_layer_dropout_may_import_transformers_and_nothing_else() ->
 @pytest.mark.parametrize(
     ("unit", "source"),
     [
-        ("cli", "from droppeft.report.page import write\nfrom droppeft.server import rounds"),
+        (
+            "cli",
+            "from droppeft.report.comparison_page import write\nfrom droppeft.server import rounds",
+        ),
         ("transports", "import flwr\nfrom droppeft.transports.flower.records import pack"),
         (
             "methods",

@@ -162,7 +162,7 @@ def compare(
 
     from droppeft.comparison.in_folder import compare_in_folder  # loads PyTorch
     from droppeft.report import show_comparison as report
-    from droppeft.report.page import write_page
+    from droppeft.report.comparison_page import write_page
 
     lines = report.Lines(console)
     try:
@@ -187,7 +187,7 @@ def report(
     from droppeft.comparison.study_files import STUDY
 
     if (folder / STUDY).is_file():
-        from droppeft.report.page import write_page
+        from droppeft.report.comparison_page import write_page
 
         typer.echo(write_page(folder))
     else:

@@ -619,7 +619,9 @@ Command = Callable[..., tuple[int, str, str]]
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
     """Run ``droppeft`` with arguments, without its page: exit code, output, errors."""
     # Drawing its figures takes longer than the runs; report/test_page.py tests them.
-    monkeypatch.setattr("droppeft.report.page.write_page", lambda folder: folder / "report.html")
+    monkeypatch.setattr(
+        "droppeft.report.comparison_page.write_page", lambda folder: folder / "report.html"
+    )
 
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["droppeft", *arguments])

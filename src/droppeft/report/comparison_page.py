@@ -50,7 +50,7 @@ PAGE, FIGURES = "report.html", "figures"
 
 TEMPLATE = Environment(
     loader=PackageLoader("droppeft", "report"), autoescape=True, undefined=StrictUndefined
-).get_template("page.html")
+).get_template("comparison.html")
 
 FURTHER = (
     (

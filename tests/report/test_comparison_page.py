@@ -29,7 +29,7 @@ from droppeft.report.figures import (
     main_figure,
 )
 from droppeft.report.layers import of_layers
-from droppeft.report.page import FIGURES, PAGE, read_folder, write_page
+from droppeft.report.comparison_page import FIGURES, PAGE, read_folder, write_page
 from droppeft.tasks.metrics import LOSS
 from page_reader import Reader, check_self_contained
 from runs import Recorder
