@@ -16,6 +16,7 @@ from droppeft.comparison.runner import run_cells
 from droppeft.comparison.study_files import Row, RunRecord, read_tables, write_tables
 from droppeft.comparison.summary import summary
 from droppeft.comparison.writers import COLUMNS, TEXTS, as_markdown, main_columns, write
+from droppeft.report.comparison_page import FIGURES, PAGE, read_folder, write_page
 from droppeft.report.drawing import INK, svg
 from droppeft.report.figures import (
     AXES,
@@ -29,7 +30,6 @@ from droppeft.report.figures import (
     main_figure,
 )
 from droppeft.report.layers import of_layers
-from droppeft.report.comparison_page import FIGURES, PAGE, read_folder, write_page
 from droppeft.tasks.metrics import LOSS
 from page_reader import Reader, check_self_contained
 from runs import Recorder
