@@ -94,10 +94,10 @@ def _settings_of_runs(code: str) -> Iterator[str]:
 @pytest.mark.full
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_tutorial_runs(notebook: Path, tmp_path: Path) -> None:
-    """In its small form; an error of a cell is an error here, and a cell has five minutes."""
+    """In its small form; an error of a cell is an error here."""
     from scripts.run_tutorials import executed
 
     sizes = dict(SMALL[notebook.stem])
     if notebook.stem == "your_own_machines":
         sizes["PORT"], *sizes["NODE_PORTS"] = example.free_ports(4)
-    executed(notebook, tmp_path, sizes, timeout_s=300)
+    executed(notebook, tmp_path, sizes, timeout_s=1200)

@@ -20,7 +20,7 @@ from runs import Recorder, adapter_bytes, delivered_model, outcome, rows_of
 
 SETTINGS = (
     *("rounds=2", "clients=2", "cohort_size=2", "evaluation.personalised=false"),
-    *("training.local_steps=12", "training.learning_rate=0.05", "adapter.targets=all-linear"),
+    *("training.local_steps=12", "training.learning_rate=0.01", "adapter.targets=all-linear"),
 )
 
 

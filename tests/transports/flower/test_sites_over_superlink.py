@@ -123,7 +123,7 @@ def test_a_language_model_of_sites_on_a_superlink_is_the_run_in_process(tmp_path
         sites[-1].write_text(content)
     words = [
         *(word for word in given if not word.startswith(left_out)),
-        *(f"data={train.parent / 'test.jsonl'}", "evaluation.personalised_generated=1"),
+        *(f"data={train.parent / 'test.jsonl'}", "evaluation.personalised_generated=4"),
     ]
     expected = in_process(words, sites, tmp_path / "here")
     with example.loopback(tmp_path / "flower", sites) as federation:
