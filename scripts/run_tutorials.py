@@ -8,6 +8,7 @@ with the tag ``skip-execution`` is shown and not run: it installs packages. Each
 empty folder.
 """
 
+import argparse
 import os
 import re
 import resource
@@ -143,11 +144,15 @@ def _joined(outputs: list[Any]) -> list[Any]:
     return found
 
 
-def main(names: list[str]) -> None:
+def main(arguments: list[str]) -> None:
     """Execute notebooks, all if none is named, and write them with their outputs."""
-    for path in sorted(TUTORIALS.glob("*.ipynb")):
-        if names and path.stem not in names:
-            continue
+    paths = {path.stem: path for path in sorted(TUTORIALS.glob("*.ipynb"))}
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("name", nargs="*", help=f"one of {', '.join(paths)}")
+    names = parser.parse_args(arguments).name
+    if unknown := [name for name in names if name not in paths]:
+        parser.error(f"there is no tutorial {unknown[0]}; name some of {', '.join(paths)}")
+    for path in [paths[name] for name in names or paths]:
         begin, before = time.monotonic(), _cpu_s()
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch).resolve()

@@ -89,9 +89,11 @@ def test_labels_describe_arms() -> None:
     assert Arm().label == "all layers"
     assert Arm(0.25, (0.5,)).label == "upper 50% of the layers, 25% of them dropped"
     several = Arm(0.0, (1.0, 0.5, 0.25), 0.5)
-    assert several.label == "upper 100%, 50% or 25% of the layers, 50% of the steps"
+    assert (
+        several.label == "in each step the upper 100%, 50% or 25% of the layers, 50% of the steps"
+    )
     often = Arm(0.0, (1.0, 0.67, 0.33, 0.33))
-    assert often.label == "upper 100%, 67% or 33% (in 2 of 4) of the layers"
+    assert often.label == "in each step the upper 100%, 67% or 33% (in 2 of 4 steps) of the layers"
 
 
 def test_an_arm_trains_a_layer_in_the_steps_that_reach_it() -> None:

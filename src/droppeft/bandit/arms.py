@@ -45,12 +45,14 @@ def _trained(depths: Depths) -> str:
         return "all layers"
     counts = Counter(f"{depth:.0%}" for depth in sorted(depths, reverse=True))
     percents = [
-        percent if count == 1 or len(counts) == 1 else f"{percent} (in {count} of {len(depths)})"
+        percent
+        if count == 1 or len(counts) == 1
+        else f"{percent} (in {count} of {len(depths)} steps)"
         for percent, count in counts.items()
     ]
     if len(percents) == 1:
         return f"upper {percents[0]} of the layers"
-    return f"upper {', '.join(percents[:-1])} or {percents[-1]} of the layers"
+    return f"in each step the upper {', '.join(percents[:-1])} or {percents[-1]} of the layers"
 
 
 @dataclass(frozen=True)

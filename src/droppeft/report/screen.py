@@ -261,7 +261,7 @@ def _arms(row: "RoundRow", about: Mapping[str, Any]) -> Text:
         from droppeft.runs.conclusion import worth_of_upper_half
 
         share = worth_of_upper_half(notes["layer_values"])
-        worth = f"the upper half is worth {share:.0%} of all layers"
+        worth = f"training the upper half is worth {share:.0%} of training all layers"
         return Text(f"trained{above}: {chosen} ({worth})", style="dim")
     best = notes["labels"][str(notes["best"])]
     trials = notes["trials"][notes["present"].index(notes["best"])]
