@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from benchmarks.pages import studies
 from benchmarks.pages.markdown import bare, markdown_table
@@ -223,6 +224,37 @@ def recommendations(data: Sequence[str], rows: Sequence[Mapping[str, str]]) -> s
     """
     columns = ("setting", "accuracy", "sooner than FedLoRA", "memory", "traffic", "where it fails")
     return markdown_table(columns, [_recommended(data, **row) for row in rows])
+
+
+def settings_by_model(studies: Sequence[Mapping[str, Any]]) -> str:
+    """A few settings for each of several models, with what each brings and costs.
+
+    Args:
+        studies: for each a comparison on one data set (`study`), names of model and data (`name`),
+            and `rows`: variant, the setting's name, and where it fails.
+    """
+    columns = ("", "setting", "quality", "sooner", "activations", "traffic", "where it fails")
+    return markdown_table(
+        columns,
+        [
+            (one["name"] if number == 0 else "", *_setting(one["study"], **row))
+            for one in studies
+            for number, row in enumerate(one["rows"])
+        ],
+    )
+
+
+def _setting(study: str, variant: str, setting: str, fails: str) -> Sequence[str]:
+    [part] = read_parts(study).parts
+    [row] = [row for row in part.rows if row.variant == variant]
+    return (
+        setting,
+        f"{part.metric.label} {COLUMNS['quality'](row)}",
+        _cell("speed-up", row),
+        COLUMNS["activations"](row),
+        f"{((row.upload_bytes or 0) + (row.download_bytes or 0)) / 1e6:.1f} MB",
+        fails,
+    )
 
 
 def _recommended(

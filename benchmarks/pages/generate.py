@@ -44,6 +44,7 @@ TABLES: Tables = {
         comparisons.by_seed,
         comparisons.comparison,
         comparisons.recommendations,
+        comparisons.settings_by_model,
         comparisons.references,
         configurator.configurator_overhead,
         configurator.policies,

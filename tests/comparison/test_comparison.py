@@ -17,6 +17,7 @@ from rich.console import Console
 
 from droppeft import cli
 from droppeft.command_line_exit import FAILED, USER_ERROR
+from droppeft.comparison.answer import answer
 from droppeft.comparison.grid import (
     Comparison,
     cells,
@@ -52,7 +53,7 @@ from droppeft.methods import method_named
 from droppeft.report.show_comparison import show
 from droppeft.server import run as running
 from droppeft.server.run import Interrupted
-from droppeft.tasks.metrics import ACCURACY, LOSS
+from droppeft.tasks.metrics import ACCURACY, F1, LOSS
 from runs import Recorder, rows_of, stop_after_a_round, timeless
 
 
@@ -581,6 +582,23 @@ def test_a_target_that_is_a_variant_s_loss_is_worse_by_a_distance() -> None:
     chosen = comparison(target={"variant": "full", "minus": 0.01})
     [part] = summary(chosen.study(), [*runs, *map(a_loss, DROPPED)])
     assert [row.reached for row in part.rows] == [2, 0]
+
+
+def test_a_target_of_another_metric_than_the_primary_one() -> None:
+    runs = []
+    for run in (*FULL, *DROPPED):
+        rows = [Row({**row, "global_f1": row["global_accuracy"] / 2}) for row in run.rows]
+        runs.append(replace(with_result(run, initial_f1=0.1), rows=rows))
+    [part] = summary(study_of(target={"value": 0.3, "metric": "f1"}), runs)
+    assert (part.metric, part.target_metric, part.target) == (ACCURACY, F1, 0.3)
+    [by_accuracy] = summary(study_of(target={"value": 0.6}), runs)
+    times = [row.time_to_target_modelled_s for row in part.rows]
+    assert times == [row.time_to_target_modelled_s for row in by_accuracy.rows]
+    assert "reaches the target (F1 .300) 2.0 times sooner" in answer(part)[0]
+    with pytest.raises(
+        DroppeftError, match=r"target\.metric='perplexity': task=classification has"
+    ):
+        cells(comparison(target={"value": 0.3, "metric": "perplexity"}))
 
 
 def test_tables_name_the_metric() -> None:

@@ -130,7 +130,7 @@ def test_without_a_target_nothing_is_said_about_one(compared: Path, tmp_path: Pa
 
 def test_arms_are_drawn_when_they_were_chosen(compared: Path) -> None:
     """A round's share is a mean over it and the rounds before it, not over later ones."""
-    records = read_folder(compared)[2]
+    records = read_folder(compared)[1]
     rows = next(one.rows for one in records if one.variant == "bandit")
     labels = {"0": "early", "1": "late"}
     given = [("0", 1), ("0", 2), ("1", 3), ("1", 4)]
@@ -168,7 +168,8 @@ def test_a_page_holds_for_a_hundred_runs(compared: Path, tmp_path: Path) -> None
     variants = tuple(dict.fromkeys(one.variant for one in every))
     write_tables(tmp_path, replace(study, variants=variants, seeds=tuple(range(5))), every)
     text = write_page(tmp_path).read_text(encoding="utf-8")
-    assert "20 variants, 5 seeds" in text
+    assert ": 20 variants compared<" in text
+    assert "5 seeds · folder" in text
     reader = Reader(text)
     assert f"The baseline and the {NAMED - 1} others that end best have names." in text
     assert {*variants} <= {*reader.texts}
@@ -199,7 +200,7 @@ def test_figures_are_files_too(compared: Path) -> None:
 def test_among_many_variants_the_baseline_and_the_best_have_names(
     compared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, study, records = read_folder(compared)
+    study, records = read_folder(compared)
     [part] = summary(study, records)
     ends = {
         row.variant: fmean(
@@ -225,7 +226,7 @@ def of_loss(run: RunRecord) -> RunRecord:
 
 def test_figures_and_tables_of_a_loss(compared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are named after it, and the best curve is the one that ends lowest."""
-    _, study, before = read_folder(compared)
+    study, before = read_folder(compared)
     records = [of_loss(one) for one in before]
     [part] = summary(replace(study, target=None), records)
     assert "| variant | loss |" in as_markdown([part])
@@ -252,7 +253,7 @@ def test_figures_and_tables_of_a_loss(compared: Path, monkeypatch: pytest.Monkey
 def test_bands_are_drawn_where_they_do_not_hide_one_another(
     compared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, study, records = read_folder(compared)
+    study, records = read_folder(compared)
     [part] = summary(study, records)
     curves = sum(1 for row in part.rows if row.quality)
 
@@ -266,7 +267,7 @@ def test_bands_are_drawn_where_they_do_not_hide_one_another(
 
 
 def test_rates_of_a_variant_that_drops_nothing_are_not_drawn(compared: Path) -> None:
-    records = read_folder(compared)[2]
+    records = read_folder(compared)[1]
     rounds = [one.rows for one in records if one.variant == "bandit"]
     assert {"rates-0", "arms-0"} <= of_layers(0, "bandit", rounds).keys()
     undropped = [[{**row, "notes": _undropped(row["notes"])} for row in rows] for rows in rounds]
@@ -287,7 +288,7 @@ def test_a_page_is_the_same_when_written_again(compared: Path) -> None:
 
 def test_the_page_begins_with_the_answer_a_table_and_a_figure(compared: Path) -> None:
     text = (compared / PAGE).read_text(encoding="utf-8")
-    _, study, records = read_folder(compared)
+    study, records = read_folder(compared)
     [part] = summary(study, records)
     shown = {*Reader(text).texts}
     assert {*answer(part)} <= shown
@@ -299,7 +300,7 @@ def test_the_page_begins_with_the_answer_a_table_and_a_figure(compared: Path) ->
 
 
 def test_variants_that_take_the_same_time_are_shown_over_rounds(compared: Path) -> None:
-    _, study, records = read_folder(compared)
+    study, records = read_folder(compared)
     [part] = summary(study, records)
     assert main_figure(part, records) == "quality-modelled-time"
     same = [one for one in records if one.variant == "full"]
@@ -307,7 +308,7 @@ def test_variants_that_take_the_same_time_are_shown_over_rounds(compared: Path) 
 
 
 def test_without_a_global_model_there_are_no_curves(compared: Path) -> None:
-    _, study, records = read_folder(compared)
+    study, records = read_folder(compared)
     alone = replace(study, variants=("alone",))
     [part] = summary(alone, [one for one in records if one.variant == "alone"])
     drawn = figures(part, [one for one in records if one.variant == "alone"])

@@ -131,7 +131,8 @@ def _alone(part: Part, clock: Clock, row: VariantRow) -> list[str]:
 
 
 def _goal(part: Part) -> str:
-    return f"the target ({part.metric.label} {part.metric.text(part.target)})"
+    metric = part.target_metric
+    return f"the target ({metric.label} {metric.text(part.target)})"
 
 
 def _when(clock: Clock, row: VariantRow) -> str:

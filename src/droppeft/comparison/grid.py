@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tomli_w
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -36,6 +36,7 @@ class TargetTable(Table):
     value: Real | None = Field(None, gt=0)
     variant: str | None = None
     minus: Real = Field(0.01, ge=0, lt=1)
+    metric: Literal["accuracy", "f1", "loss", "perplexity", "token_accuracy"] | None = None
 
     @model_validator(mode="after")
     def _one_of_two(self) -> "TargetTable":
@@ -176,10 +177,11 @@ def cells(comparison: Comparison) -> list[Cell]:
     """
     _check_common_settings(comparison)
     found = list(_each(comparison))
-    target = comparison.target.value if comparison.target else None
+    target = comparison.target
     by_digest: dict[str, Cell] = {}
     for cell in found:
-        check_target(target, cell.config.task)
+        if target is not None:
+            check_target(target.value, cell.config.task, target.metric)
         other = by_digest.setdefault(cell.folder.rpartition("-")[2], cell)
         if other is not cell:
             raise DroppeftError(

@@ -87,11 +87,15 @@ class Row(dict[str, Any]):
 
 @dataclass(frozen=True)
 class Target:
-    """The quality whose time is asked for: a value, or a variant's last one, worse by ``minus``."""
+    """The quality whose time is asked for: a value, or a variant's last one, worse by ``minus``.
+
+    It is that of the metric, by name; of the task's primary metric if ``None``.
+    """
 
     value: float | None = None
     variant: str | None = None
     minus: float = 0.0
+    metric: str | None = None
 
 
 @dataclass(frozen=True)

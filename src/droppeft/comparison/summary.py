@@ -6,7 +6,7 @@ from statistics import fmean, stdev
 
 from droppeft.comparison.study_files import RunRecord, Study, Target
 from droppeft.runs.summary import SMOOTHED_EVALUATIONS, target_round
-from droppeft.tasks.metrics import CHRF, ROUGE_L, Metric, primary_metric
+from droppeft.tasks.metrics import CHRF, METRICS, ROUGE_L, Metric, primary_metric
 
 BASELINE = "fedlora"
 """The variant with which the others are compared, if there is one of this name."""
@@ -93,7 +93,8 @@ class Part:
         data, model: of these runs.
         metric: the task's primary metric.
         baseline: name of the variant with which the others are compared.
-        target: its value whose time was asked for, mean over seeds; ``None`` if there is none.
+        target: the quality whose time was asked for, mean over seeds; ``None`` if there is none.
+        target_metric: its metric; the primary one if there is no target.
         untrained: values of the model before training, by the label of their metric: those of the
             primary metric and of generated texts, mean over seeds; empty where no texts are
             generated.
@@ -110,6 +111,7 @@ class Part:
     metric: Metric
     baseline: str
     target: float | None
+    target_metric: Metric
     untrained: Mapping[str, float]
     majority: float | None
     tfidf: float | None
@@ -132,10 +134,11 @@ def baseline_of(study: Study) -> str:
 
 def _part(study: Study, records: Sequence[RunRecord]) -> Part:
     metric = metric_of(records)
-    targets = target_values(study.target, records, metric)
+    aimed = METRICS[study.target.metric] if study.target and study.target.metric else metric
+    targets = target_values(study.target, records, aimed)
     by_variant = {name: [run for run in records if run.variant == name] for name in study.variants}
     base = baseline_of(study)
-    times = {name: _times(runs, targets, metric) for name, runs in by_variant.items()}
+    times = {name: _times(runs, targets, aimed) for name, runs in by_variant.items()}
     known = [target for target in targets.values() if target is not None]
     rows = (_row(name, runs, metric, times[name], times[base]) for name, runs in by_variant.items())
     return Part(
@@ -143,6 +146,7 @@ def _part(study: Study, records: Sequence[RunRecord]) -> Part:
         metric=metric,
         baseline=base,
         target=fmean(known) if known else None,
+        target_metric=aimed,
         untrained=_untrained(records, metric),
         majority=_reference(records, "majority_accuracy"),
         tfidf=_reference(records, "tfidf_accuracy"),

@@ -116,22 +116,28 @@ def _check_merge(method: Method, config: Config) -> None:
         )
 
 
-def check_target(target: float | None, task: str) -> None:
+def check_target(target: float | None, task: str, of: str | None = None) -> None:
     """Refuse a target that no model can reach.
 
     Args:
-        target: value of the task's primary metric, or ``None``.
+        target: value of a metric, or ``None``.
         task: name of the task.
+        of: name of the metric; the task's primary one if ``None``.
 
     Raises:
-        DroppeftError: the value is out of the metric's range.
+        DroppeftError: the task has no such metric, or the value is out of its range.
     """
-    if target is None:
+    if target is None and of is None:
         return
     from droppeft.tasks.registry import task_named  # tasks import PyTorch and transformers
 
-    metric = task_named(task).metrics[0]
-    if not metric.is_possible(target):
+    metrics = {metric.name: metric for metric in task_named(task).metrics}
+    if of is not None and of not in metrics:
+        raise DroppeftError(
+            f"target.metric={of!r}: task={task} has the metrics {', '.join(metrics)}"
+        )
+    metric = metrics[of] if of else next(iter(metrics.values()))
+    if target is not None and not metric.is_possible(target):
         raise DroppeftError(
             f"target={target:g}: {metric.label} is between 0 and {metric.most:g}; "
             "give a value in this range"

@@ -30,6 +30,7 @@ from droppeft.comparison.writers import (
 from droppeft.errors import DroppeftError
 from droppeft.extras import require
 from droppeft.files import write_atomically
+from droppeft.quantities import counted
 from droppeft.report.drawing import inline, svg
 from droppeft.report.figures import (
     AXES,
@@ -47,6 +48,9 @@ from droppeft.report.figures import (
 from droppeft.report.layers import COVERAGE, IMPORTANCE, RATES, SHARES, TRAINED
 
 PAGE, FIGURES = "report.html", "figures"
+
+MOST_DATA = 3
+"""Most data sets that the title names."""
 
 TEMPLATE = Environment(
     loader=PackageLoader("droppeft", "report"), autoescape=True, undefined=StrictUndefined
@@ -108,7 +112,7 @@ def write_page(folder: Path) -> Path:
         DroppeftError: the folder holds none, or matplotlib is missing.
     """
     require("report", "the page")
-    title, study, records = read_folder(folder)
+    study, records = read_folder(folder)
     parts = summary(study, records)
     sections: list[dict[str, Any]] = []
     drawn: dict[str, Any] = {}
@@ -118,8 +122,8 @@ def write_page(folder: Path) -> Path:
         sections.append(_section(part, runs, {name: image for name, (image, _) in made.items()}))
         drawn |= {f"{number}-{name}" if len(parts) > 1 else name: f for name, f in made.items()}
     text = TEMPLATE.render(
-        title=title,
-        variants=len({one.variant for one in records}),
+        title=_title(parts),
+        folder=folder.resolve().name,
         seeds=len({one.seed for one in records}),
         sections=sections,
         settings=_settings(records),
@@ -133,15 +137,25 @@ def write_page(folder: Path) -> Path:
     return folder / PAGE
 
 
-def read_folder(folder: Path) -> tuple[str, Study, list[RunRecord]]:
-    """Title, study and runs of a comparison's folder.
+def read_folder(folder: Path) -> tuple[Study, list[RunRecord]]:
+    """Study and runs of a comparison's folder.
 
     Raises:
         DroppeftError: the folder holds none.
     """
     if not (folder / STUDY).is_file():
         raise DroppeftError(f"{folder}: holds no comparison (no {STUDY})")
-    return folder.resolve().name, *read_tables(folder)
+    return read_tables(folder)
+
+
+def _title(parts: Sequence[Part]) -> str:
+    """How many variants are compared, and on what, as far as it fits into a line."""
+    variants = counted(len({row.variant for part in parts for row in part.rows}), "variant")
+    if len(parts) == 1:
+        return f"{heading(parts[0])}: {variants} compared"
+    data = [*dict.fromkeys(Path(part.data).name for part in parts)]
+    more = f" and {len(data) - MOST_DATA} more" if len(data) > MOST_DATA else ""
+    return f"{variants} compared on {', '.join(data[:MOST_DATA])}{more}"
 
 
 def _section(part: Part, runs: Sequence[RunRecord], made: Mapping[str, str]) -> dict[str, Any]:
@@ -184,7 +198,8 @@ def _table_caption(part: Part) -> str:
 
 def _figure_caption(part: Part, *, over_rounds: bool) -> str:
     """What the main figure shows."""
-    metric = part.metric.label.capitalize()
+    metric = part.target_metric.label
+    metric = metric[0].upper() + metric[1:]
     rows = [row for row in part.rows if row.quality]
     seeds = max((row.seeds for row in rows), default=0)
     mean = " Lines are means over seeds" if seeds > 1 else ""

@@ -77,6 +77,9 @@ NAMED = 8
 LED = 4
 """Most curves whose ends are connected to their names by lines; more lines would cross curves."""
 
+LEADER: dict[str, Any] = {"color": INK, "linewidth": 0.7, "linestyle": (0, (1, 3)), "alpha": 0.6}
+"""How these lines look: dotted and without a curve's colour, since they are no data."""
+
 NAME_WIDTH = 22
 """Characters in a line of a name beside a curve."""
 
@@ -133,7 +136,9 @@ def _curves(part: Part, records: Sequence[RunRecord], of: Axis) -> Curves:
     found = {}
     for number, row in enumerate(part.rows):
         runs = [run for run in records if run.variant == row.variant and run.result]
-        if points := [curve for run in runs if (curve := curve_points(run.rows, of, part.metric))]:
+        if points := [
+            curve for run in runs if (curve := curve_points(run.rows, of, part.target_metric))
+        ]:
             found[number] = points
     return found
 
@@ -150,7 +155,7 @@ def _quality(part: Part, curves: Curves, of: Axis) -> Any:
             _faint(axis, runs)
     if part.target is not None:
         _mark_target(axis, part)
-    axis.set(xlabel=of.label, ylabel=part.metric.label, xlim=(0, None))
+    axis.set(xlabel=of.label, ylabel=part.target_metric.label, xlim=(0, None))
     if not of.fields:
         axis.xaxis.set_major_locator(whole_numbers())
     axis.grid(visible=True)
@@ -166,7 +171,7 @@ def _named(part: Part, curves: Curves) -> list[int]:
         ends,
         key=lambda number: (
             part.rows[number].variant == part.baseline,
-            part.metric.gain(ends[number], 0.0),
+            part.target_metric.gain(ends[number], 0.0),
         ),
         reverse=True,
     )[:NAMED]
@@ -176,7 +181,7 @@ def _mark_target(axis: Any, part: Part) -> None:
     """A dotted line with its value."""
     axis.axhline(part.target, color=INK, linewidth=0.8, linestyle=(0, (1, 3)))
     axis.annotate(
-        f"target {part.metric.text(part.target)}",
+        f"target {part.target_metric.text(part.target)}",
         xy=(0, part.target),
         xycoords=("axes fraction", "data"),
         xytext=(4, 3),
@@ -242,9 +247,8 @@ def _name_ends(axis: Any, ends: Sequence[tuple[float, float, int, str]]) -> None
     for (across, height, number, name), shown in zip(ends, heights, strict=True):
         place, look = shown - over, looks(number)
         axis.plot([1.03 * right], [place], **look, markersize=4.5, clip_on=False)
-        leader: dict[str, Any] = {"color": look["color"], "linewidth": 0.5, "alpha": 0.6}
         if len(ends) <= LED:
-            axis.plot([across, 1.03 * right], [height, place], **leader, clip_on=False)
+            axis.plot([across, 1.03 * right], [height, place], **LEADER, clip_on=False)
         axis.annotate(
             name,
             xy=(1.03 * right, place),
