@@ -94,6 +94,7 @@ def test_the_command_line_gives_the_same_adapter(
     assert config == (result.folder / "config.toml").read_bytes()
 
 
+@pytest.mark.sample("DataFrame", "columns")
 @pytest.mark.parametrize("kind", ["DataFrame", "Dataset", "rows", "columns", "thread and test"])
 def test_the_same_rows_in_memory_give_the_same_adapter(
     kind: str, result: droppeft.Result, rows: Path, model: str, tmp_path: Path

@@ -81,20 +81,21 @@ def test_every_type_has_a_title_and_a_source() -> None:
     assert len(set(titles)) == len(titles)
 
 
-@pytest.mark.sample("lora-*", *(f"{name}-bert" for name in MAIN))
+@pytest.mark.sample("lora-bert", "lora-llama", *(f"{name}-bert" for name in MAIN))
 @pytest.mark.parametrize("case", CASES, ids=label)
 def test_the_contract(case: Case) -> None:
     for rule in contract.RULES:
         rule(case)
 
 
+@pytest.mark.sample("lora-settings0", "loha-*", "p_tuning-*", "bottleneck-*")
 @pytest.mark.parametrize(("name", "settings"), VARIANTS)
 def test_the_contract_with_other_settings(name: str, settings: Mapping[str, Any]) -> None:
     for rule in contract.RULES:
         rule(Case(name, "bert", settings))
 
 
-@pytest.mark.sample("lora-*", "bottleneck-4bit")
+@pytest.mark.sample("lora-4bit")
 @pytest.mark.parametrize("quantization", NOT_ON)
 @pytest.mark.parametrize("name", MAIN)
 def test_the_contract_on_a_quantised_backbone(name: str, quantization: str) -> None:

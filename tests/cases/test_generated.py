@@ -253,7 +253,7 @@ def run_example(model: Model, data: Data) -> None:
         check(model, data, Path(folder))
 
 
-@settings(max_examples=8, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=4, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(models, tables)
 def test_a_sample_of_tables_and_models(model: Model, data: Data) -> None:
     run_example(model, data)

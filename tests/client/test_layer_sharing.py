@@ -459,7 +459,7 @@ def begin_and_be_killed(overrides: list[str], out: Path, nth: int, before: bool)
     begin(overrides, out)
 
 
-@pytest.mark.sample("4-False")
+@pytest.mark.full
 @pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize("nth", [1, 3, 4])
 def test_a_run_that_is_killed_while_a_client_saves_its_layers_ends_the_same(
@@ -527,7 +527,7 @@ def test_a_personal_head_is_never_sent_and_there_is_no_global_accuracy(
         ]
 
 
-@pytest.mark.sample("more0-False", "more2-True")
+@pytest.mark.sample("more0-False")
 @pytest.mark.parametrize("merge", [False, True])
 @pytest.mark.parametrize(
     "more",

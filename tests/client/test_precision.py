@@ -161,6 +161,7 @@ def test_the_hash_of_a_model_does_not_depend_on_the_precision(
     assert len(found) == 1
 
 
+@pytest.mark.sample("True")
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_only_adapters_and_head_are_in_training_mode(
     prepare_with: Callable[..., Prepared], checkpointing: bool

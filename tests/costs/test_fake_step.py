@@ -167,7 +167,7 @@ CASES = [
 ]
 
 
-@pytest.mark.sample("bert-*", "llama-*-bf16-*", "*-fp16-*", "deberta-v2-*-fp32-*")
+@pytest.mark.sample("bert-*-bf16-*", "bert-adapter0-*", "llama-*-bf16-1", "deberta-v2-*-fp32-*")
 @pytest.mark.parametrize(("family", "adapter", "precision", "frozen"), CASES)
 def test_a_real_step_has_the_counted_costs(
     family: str, adapter: dict[str, Any], precision: str, frozen: int

@@ -510,6 +510,7 @@ REFERENCE = "the reference of {}Config would run every layer .* train an adapter
 REUSE = "GRPOConfig would use the log-probabilities of a generation in {} batches"
 
 
+@pytest.mark.sample("dpo*settings0*", "rloo*", "grpo*settings7*")
 @pytest.mark.parametrize(
     ("build", "settings", "message"),
     [

@@ -217,7 +217,7 @@ def adapter_changed(method: Method, overrides: list[str], out: Path) -> bool:
     )
 
 
-@pytest.mark.sample("adaptive", "flora", "local")
+@pytest.mark.sample("adaptive", "local")
 def test_a_whole_run_learns_and_writes_its_files(
     method: Method, tiny_overrides: list[str], tmp_path: Path
 ) -> None:

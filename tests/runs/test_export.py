@@ -409,6 +409,7 @@ def test_merging_keeps_the_logits_of_every_model_family(
     assert_same_logits(source, tmp_path, monkeypatch)
 
 
+@pytest.mark.sample("lora-3", "prefix_tuning-2", "bottleneck-7")
 @pytest.mark.parametrize("classes", [2, 3, 7])
 @pytest.mark.parametrize("kind", ["lora", "prefix_tuning", "bottleneck"])
 def test_an_export_knows_its_classes_and_truncates_as_the_run(

@@ -90,6 +90,7 @@ def becomes_true(condition: Callable[[], bool], timeout_s: float = 20.0) -> bool
     return condition()
 
 
+@pytest.mark.full
 def test_one_process_answers_all_and_ends_with_its_supernode(
     ask: Ask, folder: Path, watched: subprocess.Popen[bytes]
 ) -> None:
