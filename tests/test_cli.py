@@ -175,6 +175,7 @@ def test_resuming_a_run_that_does_not_exist(droppeft: Command) -> None:
     assert_refused(droppeft("resume", "nowhere"), "nowhere: holds no run to resume")
     assert_refused(droppeft("resume", "nowhere", "seed=3"), "only rounds can", "start_from=RUN")
     assert_refused(droppeft("resume", "nowhere", "rounds=few"), "write a whole number, 1 or more")
+    assert_refused(droppeft("resume", "nowhere", "round=3"), "did you mean rounds?")
 
 
 def test_exporting_a_run_that_does_not_exist(droppeft: Command, whole_run: Path) -> None:

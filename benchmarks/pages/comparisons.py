@@ -73,9 +73,14 @@ def comparison(
         variants: those to show, by their recorded names; all that are still offered if not given.
     """
     compared = read_parts(study)
-    [part] = [one for one in compared.parts if Path(one.data).name == data]
+    part, *others = [one for one in compared.parts if Path(one.data).name == data]
+    # A variant with a model of its own has its results in another part.
+    elsewhere = {row.variant: row for one in others for row in one.rows if row.seeds}
     lines = [
-        [label(study, row.variant), *(_cell(name, row) for name in columns)]
+        [
+            label(study, row.variant),
+            *(_cell(name, elsewhere.get(row.variant, row)) for name in columns),
+        ]
         for row in _shown(part, variants)
     ]
     lines += _references(part, columns)

@@ -158,9 +158,10 @@ def more_rounds(settings: Sequence[str]) -> int | None:
     Raises:
         DroppeftError: there is another setting, or the value is not a whole number above 0.
     """
-    from droppeft.config import parse_override
+    from droppeft.config import check_keys, parse_override
 
     given = dict(map(parse_override, settings))
+    check_keys(given)
     for key in given.keys() - {"rounds"}:
         raise DroppeftError(
             f"{key} cannot be changed in a run that has begun, only rounds can; start a new run "

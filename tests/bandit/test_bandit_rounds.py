@@ -506,6 +506,29 @@ def test_values_of_layers_are_reported_once_a_round_told_them() -> None:
     assert len(found["layer_values"]) == LAYERS - 1
 
 
+def test_two_clients_train_all_layers_in_every_step() -> None:
+    """An arm that draws a depth in each step may miss the lower layers; it does not count."""
+    mixed = "configurator.depths=[[1],[1,0.25,0.25,0.25],[0.25]]"
+    setup = setup_for(*UNPROTECTED, "configurator.policy=layer_values", MEANS, mixed)
+    state = DROPPEFT.init(setup)
+    memory = memory_of(state)
+    layers = memory.layers.after({0: 0.1, 1: 0.1, 2: 0.1, 3: 4.0})
+    state = replace(state, memory=replace(state.memory, bandit=replace(memory, layers=layers)))
+    instructions = DROPPEFT.instruct(setup, state, 2, range(6))
+    starts = [instruction.starts for instruction in instructions]
+    assert starts.count((0,)) >= 2
+    assert len(set(starts)) > 1
+
+
+def test_values_are_relative_to_all_layers_above_the_frozen_ones() -> None:
+    setup = setup_for(*UNPROTECTED, "frozen.layers=2", "configurator.policy=layer_values", MEANS)
+    state = DROPPEFT.init(setup)
+    memory = memory_of(state)
+    last = federated.ArmsOfRound(1, {0: 0}, {}, {0: None}, (0.0,) * LAYERS, (1.0,) * LAYERS)
+    memory = replace(memory, layers=memory.layers.after({2: 1.0, 3: 1.0}))
+    assert max(federated.note(setup, state.model, memory, last)["quality"]) == 1.0
+
+
 MEANS = "configurator.means=[0]"
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from droppeft.bandit.layer_values import FORGET, Changes, LayerValues, observed_values
+from droppeft.bandit.layer_values import FORGET, LARGEST_NORM, Changes, LayerValues, observed_values
 
 
 def change(**layers: list[float]) -> Changes:
@@ -28,6 +28,13 @@ def test_each_change_is_compared_with_the_weighted_mean_of_the_others() -> None:
     found = observed_values(changes, [(1.0,)] * 3, [1.0, 3.0, 1.0])
     expected = np.mean([3 / np.sqrt(10), 1 / np.sqrt(2), 0.0])
     assert found[0] == pytest.approx(expected)
+
+
+def test_one_client_cannot_decide_what_layers_are_worth() -> None:
+    changes = [change(l0=[1, 0], l1=[1, 0])] * 3
+    norms = [(1.0, 1.0), (1.0, 1.0), (1.0, 1e20)]
+    found = observed_values(changes, norms, [1.0, 1.0, 1.0])
+    assert found == {0: pytest.approx(1.0), 1: pytest.approx((1 + 1 + LARGEST_NORM) / 3)}
 
 
 def test_a_layer_of_one_client_is_not_observed() -> None:

@@ -826,6 +826,7 @@ def test_the_studies_can_be_read(
     path: Path, monkeypatch: pytest.MonkeyPatch, data_folder: Path
 ) -> None:
     monkeypatch.setenv("DROPPEFT_DATA", str(data_folder))
+    monkeypatch.setenv("PRUNED_MPNET", str(data_folder / "deep12"))  # any model
     found = cells(read_comparison(path))
     others = {
         "adaptive_mpnet": {0, 1, 2, 3, 4},
@@ -836,9 +837,13 @@ def test_the_studies_can_be_read(
         "default_run_development": {7, 8},
         "own_data": {7},
         "ia3": {7, 8},
+        "dropout_compressed": {0},
+        "droppeft_mpnet": {0},
+        "layer_dropout_smollm2": {0},
         "layer_modes_mpnet": {0},
         "layer_modes_smollm2": {0},
         "rates": {7},
+        "sharing_smollm2": {0},
     }
     assert {cell.seed for cell in found} == others.get(path.parent.name, {0, 1, 2})
     for cell in found:

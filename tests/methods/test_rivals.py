@@ -11,6 +11,7 @@ from droppeft.costs.device_profiles import PROFILES
 from droppeft.costs.modelled_clock import Arithmetic
 from droppeft.costs.step_counts import BlockCounts, StepCounts
 from droppeft.data.partition import partition_rows
+from droppeft.errors import DroppeftError
 from droppeft.messages.instruction import AdapterSpec, Instruction
 from droppeft.messages.reply import Failure, Update
 from droppeft.messages.tensors import HEAD, Tensors, flatten
@@ -20,7 +21,7 @@ from droppeft.methods.fedhetlora import Ranks, product_norm, resized, tail_norm
 from droppeft.methods.legend import ranks
 from droppeft.server.round_cost import make_clock
 from droppeft.server.run import start_run
-from handmade import ARITHMETIC, LAYERS, layout_shaped, setup_for, shaped, update_for
+from handmade import ARITHMETIC, LAYERS, fresh, layout_shaped, setup_for, shaped, update_for
 from runs import Recorder, rows_of
 
 
@@ -84,6 +85,29 @@ def test_fedra_can_drop_every_layer_as_in_its_paper() -> None:
     ]
     assert len(dropped) == 5 * 8
     assert set(dropped) == set(range(LAYERS))
+
+
+def test_fedra_without_a_head_gives_every_client_a_layer() -> None:
+    """An optimizer without parameters would be an error; a language model has no head."""
+
+    def without_head(spec: AdapterSpec) -> Tensors:
+        return {key: tensors for key, tensors in fresh(spec).items() if key != HEAD}
+
+    ends = ("dropout.protect_first=0", "dropout.protect_last=0", "dropout.sampling=bernoulli")
+    setup = setup_for("method=fedra", "dropout.mean=0.75", *ends)
+    setup, method = replace(setup, fresh_tensors=without_head), METHODS["fedra"]
+    state = method.init(setup)
+    trained = [
+        sum(rate == 0 for rate in instruction.dropout.rates)
+        for r in range(1, 9)
+        for instruction in method.instruct(setup, state, r, range(8))
+        if instruction.dropout is not None
+    ]
+    assert len(trained) == 64
+    assert min(trained) == 1 < max(trained)
+    setup = replace(setup_for("method=fedra", "dropout.mean=1", *ends), fresh_tensors=without_head)
+    with pytest.raises(DroppeftError, match="are dropped in nearly every step"):
+        method.init(setup)
 
 
 def test_fedra_averages_a_layer_over_the_clients_that_drew_it() -> None:

@@ -30,6 +30,10 @@ IGNORED = [
         "dropout.count has no effect with method=fedlora; leave it out, or set method=droppeft",
     ),
     (
+        "method=droppeft dropout.rates=[0.5,0.5] dropout.protect_first=2",
+        "dropout.protect_first has no effect with dropout.rates, which has the rate of each layer",
+    ),
+    (
         "sharing.fraction=0.5",
         "has no effect with method=adaptive; leave it out, or set method=drop",
     ),

@@ -16,7 +16,6 @@ from droppeft.bandit import (
     ScoredArms,
     candidates,
     choose_together,
-    first_trained,
     per_second,
     score,
 )
@@ -33,7 +32,7 @@ from droppeft.bandit.bandit_memory import BanditMemory, begin, with_round
 from droppeft.bandit.policies import LAYER_VALUES
 from droppeft.bandit.rewards import rewards_of, values_of_layers
 from droppeft.federated_method import Setup
-from droppeft.messages.instruction import Instruction, first_trained_layer
+from droppeft.messages.instruction import Instruction, modes_of
 from droppeft.messages.reply import Reply, Update
 from droppeft.messages.server_state import GlobalModel
 
@@ -55,7 +54,8 @@ class ArmsOfRound:
         labels: labels of these arms by number.
         rewards: by client whose update was merged, its reward; ``None`` if it has none.
         rates: mean drop rate of each layer over the cohort.
-        trained: share of the cohort that trained each layer.
+        trained: share of the cohort's steps in which each layer can be trained: it is not below the
+            depths that they draw.
     """
 
     round: int
@@ -121,12 +121,16 @@ def arms_of_round(
 
 
 def _worth(setup: Setup, memory: BanditMemory) -> npt.NDArray[np.float64]:
-    """(A,) what a local training with each arm is worth, relative to all layers in all steps."""
+    """(A,) what a local training with each arm is worth, relative to all layers in all steps.
+
+    All layers are those above the frozen ones.
+    """
     depth = depth_of_run(setup)
+    above = [float(layer >= depth.frozen) for layer in range(depth.layers)]
     values = [
         arm.steps * memory.layers.of(trained_shares(arm, depth)) for arm in memory.arms.values()
     ]
-    return np.array(values)
+    return np.array(values) / memory.layers.of(above)
 
 
 def _teaching_all(
@@ -141,7 +145,9 @@ def _teaching_all(
     layer is left as it is, and the values of all layers stay known.
     """
     depth = depth_of_run(setup)
-    complete = np.array([first_trained(arm, depth) == depth.frozen for arm in memory.arms.values()])
+    complete = np.array(
+        [min(trained_shares(arm, depth)[depth.frozen :]) == 1 for arm in memory.arms.values()]
+    )
     able = [client for client in range(len(fits)) if (fits[client] & complete).any()]
     fits = fits.copy()
     for client in sorted(able, key=lambda client: float(seconds[client].sum()))[:TEACHERS]:
@@ -205,7 +211,6 @@ def _arms_of_round(
     rewards: Sequence[float | None],
 ) -> ArmsOfRound:
     rates = [instruction.dropout.rates for instruction in instructions if instruction.dropout]
-    lowest = [first_trained_layer(instruction) for instruction in instructions]
     return ArmsOfRound(
         round=instructions[0].round,
         chosen={
@@ -221,7 +226,11 @@ def _arms_of_round(
         },
         rates=tuple(fmean(layer) for layer in zip(*rates, strict=True)),
         trained=tuple(
-            fmean(layer >= lower for lower in lowest) for layer in range(setup.num_layers)
+            fmean(
+                fmean(layer >= start for start in modes_of(instruction).starts)
+                for instruction in instructions
+            )
+            for layer in range(setup.num_layers)
         ),
     )
 

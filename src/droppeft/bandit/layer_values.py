@@ -18,6 +18,7 @@ data, which the cosine discounts.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median_low
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +31,10 @@ Changes = Mapping[tuple[LayerKey, str], Matrix]
 
 FORGET = 0.3
 """Weight of a round's values in the running mean."""
+
+LARGEST_NORM = 3.0
+"""The most that one client's norm of a layer counts, as a multiple of the median, so that a single
+client cannot decide what layers are worth."""
 
 LEAST = 0.1
 """The smallest mean with which layers enter a round, so that worthless ones can become worth
@@ -114,7 +119,8 @@ def observed_values(
 def _norm(
     layer: int, found: Sequence[tuple[int, Vector]], importance: Sequence[Sequence[float]]
 ) -> float:
-    return float(np.mean([importance[number][layer] for number, _ in found]))
+    norms = [importance[number][layer] for number, _ in found]
+    return float(np.minimum(norms, LARGEST_NORM * median_low(norms)).mean())
 
 
 def _agreement(found: Sequence[tuple[int, Vector]], weights: Sequence[float]) -> float:

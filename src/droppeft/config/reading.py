@@ -124,7 +124,7 @@ def build_config(tree: Mapping[str, Any], where: str = "") -> Config:
         DroppeftError: the first error, as one sentence.
     """
     place = f" {where}" if where else ""
-    _check_keys(tree, place)
+    check_keys(tree, place)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -251,8 +251,12 @@ def _insert(tree: dict[str, Any], key: str, value: Any) -> None:
     tree[leaf] = value
 
 
-def _check_keys(tree: Mapping[str, Any], place: str) -> None:
-    """Refuse the first key that does not exist, and name the most similar that does."""
+def check_keys(tree: Mapping[str, Any], place: str = "") -> None:
+    """Refuse the first key that does not exist, and name the most similar that does.
+
+    Raises:
+        DroppeftError: there is such a key.
+    """
     fields = dict(known_keys())
     known = set(fields)
     tables = {key.partition(".")[0] for key in known if "." in key}

@@ -42,22 +42,30 @@ def _check(config: Config) -> None:
 
 def _init(setup: Setup) -> ServerState:
     state = start_with(setup, uniform_adapter(setup))
-    rates_of_round(setup, 1)
+    _draw(setup, state, 1, client=0)
     return state
 
 
 def _instruct(
     setup: Setup, state: ServerState, round: int, cohort: Sequence[int]
 ) -> list[Instruction]:
-    rates = rates_of_round(setup, round)
-    instructions = []
-    for client in cohort:
-        rng = seeds.python_generator(
-            setup.config.seed, purpose="layers", round=round, client=client
-        )
-        active = sample_active(rates, setup.config.dropout.sampling, rng)
-        instructions.append(_with_layers(setup, state, round, client, active))
-    return instructions
+    return [
+        _with_layers(setup, state, round, client, _draw(setup, state, round, client))
+        for client in cohort
+    ]
+
+
+def _draw(setup: Setup, state: ServerState, round: int, client: int) -> Sequence[bool]:
+    """Which layers a client gets: at least one with an adapter, if there is no head to train."""
+    rng = seeds.python_generator(setup.config.seed, purpose="layers", round=round, client=client)
+    layers = [key for key in state.model.tensors if isinstance(key, int)]
+    has_head = len(layers) < len(state.model.tensors)
+    return sample_active(
+        rates_of_round(setup, round),
+        setup.config.dropout.sampling,
+        rng,
+        need_one_of=() if has_head else layers,
+    )
 
 
 def _with_layers(

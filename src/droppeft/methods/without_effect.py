@@ -101,6 +101,12 @@ NO_EFFECT = (
         instead="leave it out, or set configurator.policy=fixed",
     ),
     NoEffect(
+        keys=("dropout.shape", "dropout.protect_first", "dropout.protect_last"),
+        only_if_table_read="dropout",
+        when=lambda config: config.dropout.rates is not None,
+        reason="dropout.rates, which has the rate of each layer",
+    ),
+    NoEffect(
         keys=("sharing.criterion", "sharing.hysteresis"),
         only_if_table_read="sharing",
         when=lambda config: config.sharing.fraction == 1,
