@@ -1,9 +1,10 @@
-"""Write MPNet with half of the weights of its linear layers set to zero, the smallest of each matrix.
+"""Write MPNet with half of the weights of its linear layers set to zero: each matrix's smallest.
 
     python -m benchmarks.dropout_compressed.prune FOLDER
 
-Magnitude pruning without training afterwards (Han et al., arXiv:1506.02626), by `torch.nn.utils.prune`. FOLDER is a
-model folder of transformers. Its file is as large as before: what a zero saves depends on the hardware.
+Magnitude pruning without training afterwards (Han et al., arXiv:1506.02626), by
+`torch.nn.utils.prune`. FOLDER is a model folder of transformers. Its file is as large as before:
+what a zero saves depends on the hardware.
 """
 
 import argparse
