@@ -1,4 +1,5 @@
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -297,6 +298,13 @@ def test_a_missing_path_is_not_looked_for_on_the_hub(
     monkeypatch.setattr(datasets, "load_dataset", lambda *_: pytest.fail("the hub was used"))
     with pytest.raises(DroppeftError, match="no such file or folder"):
         load_text(name, DEFAULT)
+
+
+def test_a_misspelt_file_is_named_with_the_one_that_exists(tmp_path: Path) -> None:
+    (tmp_path / "docstrings.csv").write_text("text,label\n")
+    meant = re.escape(f"did you mean {tmp_path / 'docstrings.csv'}?")
+    with pytest.raises(DroppeftError, match=meant):
+        load_text(str(tmp_path / "docstring.csv"), DEFAULT)
 
 
 # One file

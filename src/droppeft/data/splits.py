@@ -194,8 +194,13 @@ def check_found(data: str) -> None:
     Raises:
         DroppeftError: there is no such file or folder.
     """
-    if _looks_like_path(data) and not Path(data).expanduser().exists():
-        raise DroppeftError(f"data={data}: no such file or folder")
+    path = Path(data).expanduser()
+    if not _looks_like_path(data) or path.exists():
+        return
+    beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, sorted(beside), 1, 0.8)
+    hint = f"; did you mean {Path(data).with_name(near[0])}?" if near else ""
+    raise DroppeftError(f"data={data}: no such file or folder{hint}")
 
 
 def _single_file(path: Path, source: SourceConfig) -> Split:

@@ -59,8 +59,8 @@ def predict_file(
             or as :func:`~droppeft.runs.predicting.load_predictor`.
     """
     out = out or file.with_name(f"{file.name.partition('.')[0]}-{PREDICTED}.csv")
-    _check_out(out)
     trained = trained_columns(run)
+    _check_out(out)
     new = read_new_texts(file, text, trained.label, trained=trained.text)
     console = Console(stderr=True)
     WRITERS[out.suffix](new.rows.slice(0, 1))  # refuses columns that the format cannot hold
