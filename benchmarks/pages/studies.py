@@ -81,12 +81,11 @@ def _about(name: str) -> Sequence[str]:
     results = [outcome_of(one) for one in records if one.result is not None]
     seconds = sorted(result["host_wall_s"] for result in results)[len(results) // 2]
     machines = dict.fromkeys(processor(one["machine"]) for one in results)
-    natural = all('partition.kind="natural"' in one.settings for one in records)
-    spread = "by owner" if natural else f"alpha {_each(results, 'alpha')}"
+    alphas = _each(results, "alpha")
     return (
         f"`{name}`",
         ", ".join(dict.fromkeys(Path(one.data).name for one in records)),
-        f"{_each(results, 'clients')}, {_each(results, 'cohort_size')} a round; {spread}",
+        f"{_each(results, 'clients')}, {_each(results, 'cohort_size')} a round; alpha {alphas}",
         f"{_each(results, 'rounds')} of {_each(results, 'local_steps')} steps",
         _seeds(records),
         f"{seconds:.0f} s on {' or '.join(machines)}",

@@ -40,7 +40,8 @@ def a_part(
 ) -> Part:
     return Part(
         **{
-            **{"data": "d", "model": "m", "metric": metric, "baseline": "fedlora"},
+            **{"data": "d", "model": "m", "metric": metric, "target_metric": metric},
+            "baseline": "fedlora",
             **{"target": target, "untrained": {}, "rows": rows},
             **dict.fromkeys(("majority", "tfidf", "own_majority")),
             **values,

@@ -834,6 +834,8 @@ def test_the_studies_can_be_read(
         "depth": {0, 1},
         "contest_confirmation": {3, 4, 5},
         "contest_length": {7},
+        "contest_rates_mpnet": {7},
+        "contest_rates_smollm2": {7},
         "default_run_development": {7, 8},
         "own_data": {7},
         "ia3": {7, 8},
@@ -852,9 +854,16 @@ def test_the_studies_can_be_read(
         assert not method_named(cell.config.method).adjust(cell.config).clock.deadline_s
 
 
+NOT_RUN_YET = {"contest_mpnet", "contest_smollm2", "contest_rates_mpnet", "contest_rates_smollm2"}
+"""Studies that are fixed before they are run (docs/decisions/0021-the-second-contest.md)."""
+
+
 def test_every_study_has_results() -> None:
     assert len(STUDIES) > 20
     for path in STUDIES:
+        if path.parent.name in NOT_RUN_YET:
+            assert not path.with_suffix(".json").exists()  # otherwise take its name from the list
+            continue
         study, records = read_tables(path.parent)
         assert study.definition == path.read_text(encoding="utf-8")
         if path in RUNNABLE:
