@@ -71,6 +71,10 @@ def test_equal_shares_of_untrained_layers_are_one_candidate() -> None:
     found = candidates((0.0,), ((0.5,), (0.49,), (1.0,), (0.98,)), (1.0, 0.5), SIX)
     half = (0.5,)
     assert found == (Arm(0.0, half), Arm(), Arm(0.0, half, 0.5), Arm(steps=0.5))
+    repeated = candidates(
+        (0.0,), ((1.0, 1.0), (1.0,), (1.0, 1.0, 0.5, 0.5), (0.5, 1.0)), (1.0,), SIX
+    )
+    assert repeated == (Arm(), Arm(0.0, (1.0, 0.5)))
 
 
 def test_no_possible_arm_is_an_error() -> None:

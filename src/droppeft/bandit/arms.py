@@ -1,6 +1,7 @@
 """Arms: what a client drops and trains in one local training, and how many steps it takes. Ours."""
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -102,8 +103,10 @@ def candidates(
 def _whole_layers(arm: Arm, depth: Depth) -> Arm:
     """The arm with depths as shares of whole layers, the same for arms that are alike."""
     above = depth.layers - depth.frozen
-    depths = [(depth.layers - start) / above for start in starts_of_arm(arm, depth)]
-    return Arm(arm.mean, tuple(sorted(depths, reverse=True)), arm.steps)
+    times = Counter((depth.layers - start) / above for start in starts_of_arm(arm, depth))
+    common = math.gcd(*times.values())  # (1, 1) is drawn like (1,)
+    depths = [one for one in sorted(times, reverse=True) for _ in range(times[one] // common)]
+    return Arm(arm.mean, tuple(depths), arm.steps)
 
 
 def _is_possible(arm: Arm, depth: Depth) -> bool:
