@@ -4,6 +4,7 @@ Local files are read by :mod:`droppeft.table_files`, which writes no cache. Data
 cached by the datasets library, which also reads the folders that it saved.
 """
 
+import contextlib
 import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -197,8 +198,10 @@ def check_found(data: str) -> None:
     path = Path(data).expanduser()
     if not _looks_like_path(data) or path.exists():
         return
-    beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, sorted(beside), 1, 0.8)
+    beside: list[str] = []
+    with contextlib.suppress(OSError):  # no such folder either, or it cannot be read
+        beside = sorted(other.name for other in path.parent.iterdir())
+    near = difflib.get_close_matches(path.name, beside, 1, 0.8)
     hint = f"; did you mean {Path(data).with_name(near[0])}?" if near else ""
     raise DroppeftError(f"data={data}: no such file or folder{hint}")
 
