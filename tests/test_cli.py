@@ -343,7 +343,7 @@ WITHOUT_TORCH = (
     ("run adapter.type=ia3 adapter.rank=8", "type ia3 has no such setting"),
     ("run data=nothing.csv", "data=nothing.csv: no such file"),
     ("resume runs/nothing", "holds no run to resume"),
-    ("predict RUN FILE --out rows.csv", "rows.csv: exists already"),
+    ("predict RUN FILE --out rows.csv", "RUN: holds no run"),
     ("predict nothing rows.csv", "nothing: holds no run"),
     ("export nothing", "nothing: holds no run"),
     ("chat nothing", "nothing: holds no run"),
